@@ -1,0 +1,119 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32.3",
+#                 "sniffio>=1.3", "uvicorn[standard]>=0.32"]
+# ///
+"""Fetch four URLs one after another, at / (6 s), or all at once, at /magic (1.5 s).
+
+Install and run:
+    pip install "django>=5.2" "httpx<1" requests sniffio "uvicorn[standard]"
+    uvicorn app:application
+"""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+
+import httpx
+import requests
+from django.conf import settings
+from django.core.asgi import get_asgi_application
+from django.core.management import execute_from_command_line
+from django.http import JsonResponse
+from django.urls import path
+
+TIMEOUT = 10  # seconds that a view waits for the next bytes of its upstream
+TLS = httpx.create_ssl_context()  # once: it reads every certificate, and blocks
+
+
+def index(request):
+    """Fetch one after another: the answer takes the sum of the four times."""
+    responses = [requests.get(url, timeout=TIMEOUT) for url in urls(request)]
+    return answer(responses)
+
+
+async def magic(request):
+    """Fetch all at once: the answer takes the longest of the four times."""
+    async with httpx.AsyncClient(
+        verify=TLS, timeout=TIMEOUT, follow_redirects=True
+    ) as client:
+        responses = await asyncio.gather(*[client.get(url) for url in urls(request)])
+    return answer(responses)
+
+
+def urls(request):
+    """Return the four URLs to fetch: of UPSTREAM, or of the stand-in on this server."""
+    # What the server knows of the connection: headers are the client's to forge
+    host, port = request.META["SERVER_NAME"], int(request.META["SERVER_PORT"])
+    url = UPSTREAM or httpx.URL(scheme="http", host=host, port=port, path="/get")
+    return [str(url.copy_add_param("test", n)) for n in (1, 2, 3, 4)]
+
+
+def answer(responses):
+    """Return the args of the responses, of either library; their times in a header."""
+    result, times = [], []
+    for n, response in enumerate(responses, 1):
+        if response.status_code != 200:
+            raise requests.HTTPError(response.status_code, response=response)
+        try:  # from bytes, as the libraries decode differently; ** takes only an object
+            result.append({**json.loads(response.content)["args"]})
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise requests.HTTPError(error, response=response)
+        times.append(f"get{n};dur={response.elapsed.total_seconds() * 1000:.1f}")
+    return JsonResponse({"result": result}, headers={"Server-Timing": ", ".join(times)})
+
+
+try:
+    LATENCY = float(os.environ.get("LATENCY", "1.5"))
+    if not LATENCY >= 0:
+        raise ValueError
+    UPSTREAM = os.environ.get("UPSTREAM") and httpx.URL(os.environ["UPSTREAM"])
+    if UPSTREAM and not (UPSTREAM.host and UPSTREAM.scheme in ("http", "https")):
+        raise httpx.InvalidURL("")
+except ValueError:
+    sys.exit("LATENCY must be a number of seconds")
+except httpx.InvalidURL:
+    sys.exit("UPSTREAM must be an http or https URL with a host")
+if not UPSTREAM:
+    os.environ["no_proxy"] = "*"  # which both libraries read: calls to itself go direct
+
+
+async def get(request):
+    """Stand in for httpbin's /get: wait LATENCY seconds, then answer with the query."""
+    await asyncio.sleep(LATENCY)
+    return JsonResponse({"args": request.GET.dict()})
+
+
+def handler500(request):
+    """Answer for a view that raised: 504 or 502 if its upstream failed, else 500."""
+    error = cause = sys.exc_info()[1]
+    match error:
+        case requests.HTTPError():
+            status = 502
+            kind = f"status {error.response.status_code} without the JSON of httpbin"
+        case requests.RequestException() | httpx.HTTPError() | httpx.InvalidURL():
+            status, kind = 502, "no complete answer"
+        case _:
+            log.exception("500 for %s", request.path)
+            return JsonResponse({"error": "Internal Server Error"}, status=500)
+    while cause := cause.__context__:  # either library may wrap a timeout
+        if isinstance(cause, TimeoutError):
+            status, kind = 504, f"no answer within {TIMEOUT} s"
+    url = getattr(getattr(error, "request", None), "url", UPSTREAM)
+    url = requests.utils.urldefragauth(str(url))  # without the password
+    log.error("%s for %s: %.400r from %s", status, request.path, error, url)
+    return JsonResponse({"error": f"upstream: {kind}"}, status=status)
+
+
+log = logging.getLogger(__name__)
+settings.configure(
+    ROOT_URLCONF=__name__,
+    ALLOWED_HOSTS=["*"],  # runserver asks for it; no code here reads the Host header
+)
+urlpatterns = [path("", index), path("magic", magic), path("get", get)]
+application = get_asgi_application()
+
+if __name__ == "__main__":
+    execute_from_command_line(sys.argv)
