@@ -52,7 +52,7 @@ def urls(request):
 
 
 def answer(responses):
-    """Return the args of the responses, of either library; their times in a header."""
+    """Return the args of responses of either library; in Server-Timing, their ms."""
     result, times = [], []
     for n, response in enumerate(responses, 1):
         if response.status_code != 200:
@@ -67,7 +67,7 @@ def answer(responses):
 
 try:
     LATENCY = float(os.environ.get("LATENCY", "1.5"))
-    if not LATENCY >= 0:
+    if not LATENCY >= 0:  # nor nan
         raise ValueError
     UPSTREAM = os.environ.get("UPSTREAM") and httpx.URL(os.environ["UPSTREAM"])
     if UPSTREAM and not (UPSTREAM.host and UPSTREAM.scheme in ("http", "https")):
@@ -81,7 +81,7 @@ if not UPSTREAM:
 
 
 async def get(request):
-    """Stand in for httpbin's /get: wait LATENCY seconds, then answer with the query."""
+    """Stand in for httpbin's /get: wait LATENCY seconds, then return the query."""
     await asyncio.sleep(LATENCY)
     return JsonResponse({"args": request.GET.dict()})
 

@@ -34,6 +34,7 @@ HERE = pathlib.Path(__file__).parent
 UVICORN = "-m", "uvicorn", "app:application", "--port", "0"
 RUNSERVER = "app.py", "runserver", "--noreload", "0"  # WSGI
 VIEWS = "/", "/magic"
+WAIT = 20  # seconds, for what comes at once unless a test fails
 RESULT = b'{"result": [{"test": "1"}, {"test": "2"}, {"test": "3"}, {"test": "4"}]}'
 
 
@@ -102,7 +103,7 @@ def has_ipv6():
 
 def get(port, path, host="127.0.0.1", headers=None):
     """Return the status, the body and the headers of a GET."""
-    connection = http.client.HTTPConnection(host, port, timeout=15)
+    connection = http.client.HTTPConnection(host, port, timeout=60)
     with contextlib.closing(connection):
         connection.request("GET", path, headers=headers or {})
         answer = connection.getresponse()
@@ -125,7 +126,8 @@ def port_of(child):
 
 def setUpModule():
     global PORT
-    server = uvicorn.Server(uvicorn.Config(app.application, port=0, log_config=None))
+    options = {"port": 0, "log_config": None, "ws": "none"}
+    server = uvicorn.Server(uvicorn.Config(app.application, **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     unittest.addModuleCleanup(thread.join)
@@ -189,7 +191,7 @@ class TestViews(Case):
         self.check(PORT, ["/"])
 
     def answer_only_four_together(self):
-        together = threading.Barrier(4, timeout=10)
+        together = threading.Barrier(4, timeout=WAIT)
 
         def reply(exchange):
             with contextlib.suppress(threading.BrokenBarrierError):
@@ -221,7 +223,7 @@ class TestViews(Case):
 
         def reply(exchange):
             n = int(exchange.query["test"])
-            answered[n + 1].wait(5)
+            answered[n + 1].wait(WAIT)
             exchange.request.sendall(echo(exchange))
             answered[n].set()
             return b""
@@ -337,7 +339,7 @@ class TestFailures(Case):
     def wait_for_four(self, then):
         """Let the upstream do `then` with four together; return what it reads after."""
         self.patch(TIMEOUT=60)
-        together, after = threading.Barrier(4, timeout=5), queue.Queue()
+        together, after = threading.Barrier(4, timeout=WAIT), queue.Queue()
 
         def reply(exchange):
             together.wait()
@@ -351,16 +353,16 @@ class TestFailures(Case):
     def test_one_broken_fetch_fails_magic_without_waiting_for_the_others(self):
         after = self.wait_for_four(lambda e: e.query["test"] == "3" and reset(e))
         self.fail_with("/magic", 502, "upstream: no complete answer", r".*test=3")
-        self.assertEqual([after.get(timeout=5) for _ in range(3)], [b""] * 3)
+        self.assertEqual([after.get(timeout=WAIT) for _ in range(3)], [b""] * 3)
 
     def test_a_client_that_leaves_takes_the_fetches_of_magic_with_it(self):
-        arrived = threading.Barrier(5, timeout=5)
+        arrived = threading.Barrier(5, timeout=WAIT)
         after = self.wait_for_four(lambda exchange: arrived.wait())
         with socket.create_connection(("127.0.0.1", PORT)) as client:
             client.sendall(b"GET /magic HTTP/1.1\r\nHost: test\r\n\r\n")
             arrived.wait()
             self.assertTrue(after.empty())
-        self.assertEqual([after.get(timeout=5) for _ in range(4)], [b""] * 4)
+        self.assertEqual([after.get(timeout=WAIT) for _ in range(4)], [b""] * 4)
 
     def test_a_broken_view_is_a_plain_500_with_its_traceback_in_the_terminal(self):
         child = self.start(
