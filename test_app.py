@@ -262,7 +262,7 @@ class TestViews(Case):
         self.assertEqual([target.count("test=0&") for target in moved], [1] * 8)
 
     def test_the_stand_in_answers_with_its_query_and_blocks_nobody(self):
-        self.patch(LATENCY=60)
+        self.patch(LATENCY=WAIT)
         with socket.create_connection(("127.0.0.1", PORT)) as waiting:
             waiting.sendall(b"GET /get HTTP/1.1\r\nHost: test\r\n\r\n")
             waiting.settimeout(0.2)
@@ -270,6 +270,7 @@ class TestViews(Case):
             self.patch(LATENCY=0)
             args = b'{"args": {"a": "1", "b": "x y"}}'
             self.assertEqual(get(PORT, "/get?a=1&b=x+y")[:2], (200, args))
+            self.assertRaises(TimeoutError, waiting.recv, 1)
 
 
 ARGS = b'{"args": {"test": "1"}}'
@@ -279,7 +280,7 @@ BAD = 502, "status 200 without the JSON of httpbin"
 NOT_HTTPBIN = [
     *b'|<html>|[]|null|1|"args"|{}|{"args": null}|{"args": []}'.split(b"|"),
     *b'{"args": [["a", 1]]}|{"args": "a"}|{"args": 1|{"args": {"\xff": 1}}'.split(b"|"),
-    b'{"args": ' + b'{"":' * 100_000,
+    *(b'{"args": ' + b'{"":' * 100_000, b"\xff" * 1_000),
 ]
 FAILURES = {
     "hangs": (stall, LATE),
@@ -311,7 +312,7 @@ class TestFailures(Case):
             answer = get(PORT, path)
         self.assertEqual((answer[0], json.loads(answer[1])["error"]), (status, kind))
         (line,) = logs.output
-        self.assertRegex(line, rf"^ERROR:app:{status} for {path}: .*\) from {url}.*$")
+        self.assertRegex(line, rf"^ERROR:app:{status} for {path}: \w+\(.* from {url}.*$")
         self.assertNotRegex(line, "secret|.{800}")
 
     def test_a_failure_is_502_or_504_in_both_views_and_the_next_request_works(self):
