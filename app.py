@@ -46,8 +46,10 @@ async def magic(request):
 def urls(request):
     """Return the four URLs to fetch: of UPSTREAM, or of the stand-in on this server."""
     # What the server knows of the connection: headers are the client's to forge
-    host, port = request.META["SERVER_NAME"], int(request.META["SERVER_PORT"])
-    url = UPSTREAM or httpx.URL(scheme="http", host=host, port=port, path="/get")
+    meta = request.META
+    url = UPSTREAM or httpx.URL(
+        "http:/get", host=meta["SERVER_NAME"], port=int(meta["SERVER_PORT"])
+    )
     return [str(url.copy_add_param("test", n)) for n in (1, 2, 3, 4)]
 
 
@@ -91,8 +93,7 @@ def handler500(request):
     error = cause = sys.exc_info()[1]
     match error:
         case requests.HTTPError():
-            status = 502
-            kind = f"status {error.response.status_code} without the JSON of httpbin"
+            status, kind = 502, f"status {error.response.status_code}, no httpbin JSON"
         case requests.RequestException() | httpx.HTTPError() | httpx.InvalidURL():
             status, kind = 502, "no complete answer"
         case _:

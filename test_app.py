@@ -276,7 +276,7 @@ class TestViews(Case):
 ARGS = b'{"args": {"test": "1"}}'
 HALF, GZIP = response(ARGS)[:-5], "Content-Encoding: gzip"
 LATE, BROKEN = (504, "no answer within 0.1 s"), (502, "no complete answer")
-BAD = 502, "status 200 without the JSON of httpbin"
+BAD = 502, "status 200, no httpbin JSON"
 NOT_HTTPBIN = [
     *b'|<html>|[]|null|1|"args"|{}|{"args": null}|{"args": []}'.split(b"|"),
     *b'{"args": [["a", 1]]}|{"args": "a"}|{"args": 1|{"args": {"\xff": 1}}'.split(b"|"),
