@@ -48,7 +48,7 @@ def urls(request):
     # What the server knows of the connection: headers are the client's to forge
     meta = request.META
     url = UPSTREAM or httpx.URL(
-        "http:/get", host=meta["SERVER_NAME"], port=int(meta["SERVER_PORT"])
+        "http://host/get", host=meta["SERVER_NAME"], port=int(meta["SERVER_PORT"])
     )
     return [str(url.copy_add_param("test", n)) for n in (1, 2, 3, 4)]
 
