@@ -1,4 +1,4 @@
-"""Tests of app.py: a real uvicorn, and an upstream that does what each test tells it."""
+"""Tests of app.py: a real uvicorn, and an upstream that does what each test says."""
 
 import contextlib
 import gzip
@@ -39,13 +39,14 @@ RESULT = b'{"result": [{"test": "1"}, {"test": "2"}, {"test": "3"}, {"test": "4"
 
 
 class Upstream(socketserver.ThreadingTCPServer):
-    """Answers each connection on a free port with `reply`: bytes, or Exchange -> bytes."""
+    """Answers each connection with `reply`: bytes, or a function of the Exchange."""
 
     daemon_threads, request_queue_size = True, 64
 
 
 class Exchange(socketserver.BaseRequestHandler):
     def handle(self):
+        self.request.settimeout(WAIT)  # an app that waits for ever is let go, to fail
         head = b""
         while b"\r\n\r\n" not in head:
             head += self.request.recv(65536) or b"- - \r\n\r\n"
@@ -400,13 +401,15 @@ class TestServing(Case):
         trap = self.upstream(echo)
         self.patch(UPSTREAM=None)
         names = "Host", "X-Forwarded-Host", "X-Forwarded-Server", "X-Forwarded-For"
-        forged = {
-            **dict.fromkeys(names, trap.address),
-            "X-Forwarded-Port": trap.address.split(":")[1],
-            "X-Forwarded-Proto": "https",
-            "Forwarded": f"host={trap.address};proto=https",
-        }
-        self.check(PORT, headers=forged)
+        for address in trap.address, "unknown.invalid:80":
+            forged = {
+                **dict.fromkeys(names, address),
+                "X-Forwarded-Port": address.split(":")[1],
+                "X-Forwarded-Proto": "https",
+                "Forwarded": f"host={address};proto=https",
+            }
+            with self.subTest(address):
+                self.check(PORT, headers=forged)
         self.assertEqual(trap.targets, [])
 
     def test_the_app_finds_itself_however_it_is_served_and_past_any_proxy(self):
