@@ -14,7 +14,10 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import sys
+import threading
+from contextlib import suppress
 
 import httpx
 import requests
@@ -23,34 +26,26 @@ from django.core.asgi import get_asgi_application
 from django.core.management import execute_from_command_line
 from django.http import JsonResponse
 from django.urls import path
+from uvicorn import Config, Server
 
-TIMEOUT = 10  # seconds that a view waits for the next bytes of its upstream
+LATENCY = float(os.environ.get("LATENCY", "1.5"))  # seconds that the stand-in waits
+UPSTREAM = os.environ.get("UPSTREAM")  # URL to fetch, instead of the stand-in's
+TIMEOUT = 10  # seconds to wait for a connection, and for each next byte
 TLS = httpx.create_ssl_context()  # once: it reads every certificate, and blocks
 
 
 def index(request):
     """Fetch one after another: the answer takes the sum of the four times."""
-    responses = [requests.get(url, timeout=TIMEOUT) for url in urls(request)]
+    responses = [requests.get(url, timeout=TIMEOUT) for url in urls]
     return answer(responses)
 
 
 async def magic(request):
     """Fetch all at once: the answer takes the longest of the four times."""
-    async with httpx.AsyncClient(
-        verify=TLS, timeout=TIMEOUT, follow_redirects=True
-    ) as client:
-        responses = await asyncio.gather(*[client.get(url) for url in urls(request)])
+    async with httpx.AsyncClient(verify=TLS, timeout=TIMEOUT) as client:
+        fetches = [client.get(url, follow_redirects=True) for url in urls]
+        responses = await asyncio.gather(*fetches)
     return answer(responses)
-
-
-def urls(request):
-    """Return the four URLs to fetch: of UPSTREAM, or of the stand-in on this server."""
-    # What the server knows of the connection: headers are the client's to forge
-    meta = request.META
-    url = UPSTREAM or httpx.URL(
-        "http://host/get", host=meta["SERVER_NAME"], port=int(meta["SERVER_PORT"])
-    )
-    return [str(url.copy_add_param("test", n)) for n in (1, 2, 3, 4)]
 
 
 def answer(responses):
@@ -67,25 +62,28 @@ def answer(responses):
     return JsonResponse({"result": result}, headers={"Server-Timing": ", ".join(times)})
 
 
-try:
-    LATENCY = float(os.environ.get("LATENCY", "1.5"))
-    if not LATENCY >= 0:  # nor nan
-        raise ValueError
-    UPSTREAM = os.environ.get("UPSTREAM") and httpx.URL(os.environ["UPSTREAM"])
-    if UPSTREAM and not (UPSTREAM.host and UPSTREAM.scheme in ("http", "https")):
-        raise httpx.InvalidURL("")
-except ValueError:
-    sys.exit("LATENCY must be a number of seconds")
-except httpx.InvalidURL:
-    sys.exit("UPSTREAM must be an http or https URL with a host")
-if not UPSTREAM:
-    os.environ["no_proxy"] = "*"  # which both libraries read: calls to itself go direct
-
-
 async def get(request):
     """Stand in for httpbin's /get: wait LATENCY seconds, then return the query."""
     await asyncio.sleep(LATENCY)
     return JsonResponse({"args": request.GET.dict()})
+
+
+def start_stand_in():
+    """Serve this file again in an event loop of its own; return the URL of its /get."""
+    os.environ["no_proxy"] = "*"  # both libraries read it, and no proxy leads here
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = Server(Config(application, lifespan="off", log_config=None))
+    threading.Thread(target=server.run, args=[[listener]], daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/get"
+
+
+def four(upstream):
+    """Return four URLs, the upstream's with ?test=1 to ?test=4, or end the program."""
+    with suppress(httpx.InvalidURL, ValueError):
+        url = httpx.URL(upstream)
+        if url.host and url.scheme in ("http", "https"):
+            return [str(url.copy_add_param("test", n)) for n in (1, 2, 3, 4)]
+    sys.exit("UPSTREAM must be an http or https URL with a host")
 
 
 def handler500(request):
@@ -102,7 +100,7 @@ def handler500(request):
     while cause := cause.__context__:  # either library may wrap a timeout
         if isinstance(cause, TimeoutError):
             status, kind = 504, f"no answer within {TIMEOUT} s"
-    url = getattr(getattr(error, "request", None), "url", UPSTREAM)
+    url = getattr(getattr(error, "request", None), "url", urls)
     url = requests.utils.urldefragauth(str(url))  # without the password
     log.error("%s for %s: %.400r from %s", status, request.path, error, url)
     return JsonResponse({"error": f"upstream: {kind}"}, status=status)
@@ -115,6 +113,7 @@ settings.configure(
 )
 urlpatterns = [path("", index), path("magic", magic), path("get", get)]
 application = get_asgi_application()
+urls = four(UPSTREAM or start_stand_in())
 
 if __name__ == "__main__":
     execute_from_command_line(sys.argv)
