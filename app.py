@@ -1,19 +1,17 @@
+# pip install "django>=5.2" "httpx<1" requests sniffio "uvicorn[standard]"
+# uvicorn app:application
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32.3",
 #                 "sniffio>=1.3", "uvicorn[standard]>=0.32"]
 # ///
-"""Fetch four URLs one after another, at / (6 s), or all at once, at /magic (1.5 s).
-
-Install and run:
-    pip install "django>=5.2" "httpx<1" requests sniffio "uvicorn[standard]"
-    uvicorn app:application
-"""
+"""Fetch four URLs one after another, at / (6 s), or all at once, at /magic (1.5 s)."""
 
 import asyncio
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -22,8 +20,7 @@ from contextlib import suppress
 import httpx
 import requests
 from django.conf import settings
-from django.core.asgi import get_asgi_application
-from django.core.management import execute_from_command_line
+from django.core import asgi, management
 from django.http import JsonResponse
 from django.urls import path
 from uvicorn import Config, Server
@@ -32,6 +29,7 @@ LATENCY = float(os.environ.get("LATENCY", "1.5"))  # seconds that the stand-in w
 UPSTREAM = os.environ.get("UPSTREAM")  # URL to fetch, instead of the stand-in's
 TIMEOUT = 10  # seconds to wait for a connection, and for each next byte
 TLS = httpx.create_ssl_context()  # once: it reads every certificate, and blocks
+log = logging.getLogger(__name__)
 
 
 def index(request):
@@ -49,17 +47,45 @@ async def magic(request):
 
 
 def answer(responses):
-    """Return the args of responses of either library; in Server-Timing, their ms."""
-    result, times = [], []
-    for n, response in enumerate(responses, 1):
-        if response.status_code != 200:
-            raise requests.HTTPError(response.status_code, response=response)
-        try:  # from bytes, as the libraries decode differently; ** takes only an object
-            result.append({**json.loads(response.content)["args"]})
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise requests.HTTPError(error, response=response)
-        times.append(f"get{n};dur={response.elapsed.total_seconds() * 1000:.1f}")
-    return JsonResponse({"result": result}, headers={"Server-Timing": ", ".join(times)})
+    """Return the args of all responses; in Server-Timing, the ms that each took."""
+    result = [args(response) for response in responses]
+    times = [response.elapsed.total_seconds() * 1000 for response in responses]
+    timing = ", ".join(f"get{n};dur={ms:.1f}" for n, ms in enumerate(times, 1))
+    return JsonResponse({"result": result}, headers={"Server-Timing": timing})
+
+
+def args(response):
+    """Return the args in a response's bytes, of either library, or raise NotHttpbin."""
+    with suppress(ValueError, RecursionError):  # no JSON (int refuses NaN), or too deep
+        match response.status_code, json.loads(response.content, parse_constant=int):
+            case 200, {"args": dict() as found}:
+                return found
+    raise NotHttpbin(f"status {response.status_code}", response=response)
+
+
+class NotHttpbin(requests.RequestException):
+    """A response, of either library, that is not like one of httpbin's /get."""
+
+
+def handler500(request):
+    """Answer for a view that raised: 504 or 502 if its upstream failed, else 500."""
+    match error := sys.exc_info()[1]:  # Django calls this, by name, as it handles one
+        case requests.RequestException() | httpx.HTTPError() | httpx.InvalidURL():
+            why = root(error)
+            status = 504 if isinstance(why, TimeoutError) else 502
+            url = getattr(getattr(error, "request", None), "url", urls)
+            line = f"{status} for {request.path!r}: {why!r} at {str(url)!r}"
+            log.error("%.700s", re.sub("//[^/]*@", "//", line))  # without a password
+        case _:
+            status = 500
+            log.exception("500 for %.99r", request.path)
+    return JsonResponse({"error": httpx.codes.get_reason_phrase(status)}, status=status)
+
+
+def root(error):
+    """Return the exception that an error goes back to, which may be itself."""
+    cause = error.__cause__ or error.__context__
+    return root(cause) if isinstance(cause, Exception) else error  # not CancelledError
 
 
 async def get(request):
@@ -86,34 +112,12 @@ def four(upstream):
     sys.exit("UPSTREAM must be an http or https URL with a host")
 
 
-def handler500(request):
-    """Answer for a view that raised: 504 or 502 if its upstream failed, else 500."""
-    error = cause = sys.exc_info()[1]
-    match error:
-        case requests.HTTPError():
-            status, kind = 502, f"status {error.response.status_code}, no httpbin JSON"
-        case requests.RequestException() | httpx.HTTPError() | httpx.InvalidURL():
-            status, kind = 502, "no complete answer"
-        case _:
-            log.exception("500 for %s", request.path)
-            return JsonResponse({"error": "Internal Server Error"}, status=500)
-    while cause := cause.__context__:  # either library may wrap a timeout
-        if isinstance(cause, TimeoutError):
-            status, kind = 504, f"no answer within {TIMEOUT} s"
-    url = getattr(getattr(error, "request", None), "url", urls)
-    url = requests.utils.urldefragauth(str(url))  # without the password
-    log.error("%s for %s: %.400r from %s", status, request.path, error, url)
-    return JsonResponse({"error": f"upstream: {kind}"}, status=status)
-
-
-log = logging.getLogger(__name__)
 settings.configure(
     ROOT_URLCONF=__name__,
     ALLOWED_HOSTS=["*"],  # runserver asks for it; no code here reads the Host header
 )
 urlpatterns = [path("", index), path("magic", magic), path("get", get)]
-application = get_asgi_application()
+application = asgi.get_asgi_application()
 urls = four(UPSTREAM or start_stand_in())
-
 if __name__ == "__main__":
-    execute_from_command_line(sys.argv)
+    management.execute_from_command_line(sys.argv)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import http.client
 import http.server
 import importlib
@@ -13,6 +14,7 @@ import re
 import signal
 import socket
 import socketserver
+import struct
 import subprocess
 import sys
 import threading
@@ -88,17 +90,61 @@ def stall(exchange, start=b""):
     return response(ARGS)[len(start) :]
 
 
+def reset(exchange, start=b""):
+    """Answer no more than a start, and reset the connection (RST)."""
+    exchange.connection.sendall(start)
+    linger = struct.pack("ii", 1, 0)
+    exchange.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    socket.close(exchange.connection.detach())
+    return b""
+
+
 ARGS = b'{"args": {"test": "1"}}'
+HALF, GZIP = response(ARGS)[:-5], "Connection: close\r\nContent-Encoding: gzip"
+ENDED, BAD = "RemoteDisconnected|RemoteProtocolError", "NotHttpbin.'status 200'"
+NOT_HTTPBIN = [
+    *b'|<html>|[]|null|1|"args"|{}|{"args": null}|{"args": []}'.split(b"|"),
+    *b'{"args": [["a", 1]]}|{"args": "a"}|{"args": 1|{"args": {"\xff": 1}}'.split(b"|"),
+    *(b'{"args": {"a": NaN}}', b'{"args": ' + b'{"":' * 100_000, b"\xff" * 1_000),
+]
+STATUSES = "201 Made", "204 Empty", "206 Part", "302 Nowhere", "304 Same", "404 No"
+REDIRECTS = [
+    ("TooManyRedirects", redirect("?test=1")),
+    (ENDED, lambda e: redirect("/" + "x" * 50_000) if e.query else b""),
+    ("ConnectionRefusedError", redirect("//127.0.0.1:1")),
+    ("TooManyRedirects|ConnectionRefusedError", redirect("http://")),
+    ("gaierror", redirect("//unknown.invalid")),
+    ("InvalidSchema|InvalidURL", redirect("mailto:x")),
+]
+FAILURES = [  # what the terminal says of a reply, in either view
+    *REDIRECTS,
+    ("TimeoutError", stall),
+    ("TimeoutError", lambda exchange: stall(exchange, HALF)),
+    ("IncompleteRead|RemoteProtocolError", HALF),
+    (ENDED, b""),
+    ("BadStatusLine|RemoteProtocolError", b"220 \x1b[2J smtp\r\n\r\n"),
+    ("ConnectionResetError", reset),
+    ("ConnectionResetError", lambda exchange: reset(exchange, HALF)),
+    ("error", response(ARGS, header=GZIP)),
+    (BAD, response(gzip.compress(ARGS)[:15], header=GZIP)),
+    *((BAD, response(body)) for body in NOT_HTTPBIN),
+    *((BAD.replace("200", status[:3]), response(ARGS, status)) for status in STATUSES),
+]
 
 
 class TestApp(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         """Start all servers that are processes of their own, at once."""
-        cls.trap = serve(echo)
+        cls.proxy, cls.trap = serve(echo), serve(echo)
+        live = {"http_proxy": cls.proxy.url, "UPSTREAM": "http://a.invalid/get"}
         trap = {"http_proxy": cls.trap.url, "ALL_PROXY": "socks5://h", "LATENCY": "0"}
         runserver = "app.py", "runserver", "--noreload", "--nothreading", "0"
+        uvicorn = "-m", "uvicorn", "app:application"
+        cls.live = cls.start(*uvicorn, "--port", "0", **live)
         cls.wsgi = cls.start(*runserver, **trap)
+        cls.bad_latency = cls.start(*uvicorn, LATENCY="soon")
+        cls.bad_upstream = cls.start(*uvicorn, UPSTREAM="ftp://h/")
 
     @classmethod
     def start(cls, *arguments, **environ):
@@ -134,6 +180,23 @@ class TestApp(unittest.TestCase):
     def assert_result(self, *paths, **options):
         for path in paths or VIEWS:
             self.assertEqual(self.get(path, **options), (200, RESULT), path)
+
+    def assert_error(self, path, status, terminal):
+        """GET `path`: the client is told the status alone, the terminal the rest."""
+        with self.assertLogs("app") as logs:
+            answer = self.get(path)
+        phrase = http.HTTPStatus(status).phrase.encode()
+        self.assertEqual(answer, (status, b'{"error": "%s"}' % phrase))
+        terminal = f"(?s)^ERROR:app:{status} for '{path}'{terminal}"
+        self.assertRegex("".join(logs.output), terminal)
+
+    def assert_upstream_error(self, reason, url, *paths):
+        status = 504 if reason == "TimeoutError" else 502
+        # In the terminal a line, short and of ASCII only, without the password
+        line = rf": (?!.*secret)(?=[ -~]{{,700}}$)({reason}).* at ['\"\[]+{url}"
+        for path in paths or VIEWS:
+            with self.subTest(path, reason=reason, url=url):
+                self.assert_error(path, status, line)
 
     def answer_in_reverse(self):
         """Let the upstream answer only where all four are in flight, the last first."""
@@ -246,6 +309,36 @@ class TestApp(unittest.TestCase):
         tomllib = importlib.import_module("tomllib")
         self.assertEqual(tomllib.loads(re.sub("(?m)^# ", "", block)), metadata)
 
+    def test_a_failure_is_502_or_504_in_both_views_and_the_next_request_works(self):
+        server = self.upstream(echo)
+        for reason, server.reply in FAILURES:
+            redirects = (reason, server.reply) in REDIRECTS
+            url = "" if redirects else rf"http://{server.address}/get\?test="
+            timeout = 0.1 if reason == "TimeoutError" else 30
+            some = app.urls[:1] if redirects else app.urls
+            server.exchanges = []
+            with mock.patch.multiple(app, TIMEOUT=timeout, urls=some):
+                self.assert_upstream_error(reason, url)
+            asked = [each.path for each in server.exchanges].count("/get?test=1")
+            self.assertTrue(asked <= 2 or redirects, "more than once for a view")
+            server.reply = echo
+            self.assert_result("/magic")
+        self.assert_result()
+
+    def test_an_upstream_that_cannot_be_reached_is_502_or_504(self):
+        self.patch(TIMEOUT=0.2)
+        full = socket.create_server(("127.0.0.1", 0), backlog=0)
+        self.addCleanup(full.close)
+        self.addCleanup(socket.create_connection(full.getsockname()).close)
+        for host, reason in [
+            ("127.0.0.1:1", "ConnectionRefusedError"),
+            ("127.0.0.1:99999", "LocationParseError|ConnectionRefusedError|gaierror"),
+            ("unknown.invalid", "gaierror"),
+            (f"127.0.0.1:{full.getsockname()[1]}", "TimeoutError"),
+        ]:
+            self.patch(urls=app.four(f"http://user:secret@{host}/get"))
+            self.assert_upstream_error(reason, f"http://{host}/get")
+
     def wait_for_four(self, then=lambda exchange: None):
         """Let the upstream do `then` with four together; return what it reads after."""
         self.patch(TIMEOUT=60)
@@ -260,6 +353,12 @@ class TestApp(unittest.TestCase):
 
         self.upstream(reply)
         return lambda n: [after.get(timeout=WAIT) for _ in range(n)]
+
+    def test_one_broken_fetch_fails_magic_without_waiting_for_the_others(self):
+        read = self.wait_for_four(lambda e: e.query["test"] == "3" and reset(e))
+        third = app.urls[2].partition("@")[2].replace("?", r"\?") + "'$"
+        self.assert_upstream_error("ConnectionResetError", f"http://{third}", "/magic")
+        self.assertEqual(read(7).count(b""), 3)
 
     def test_a_client_that_leaves_takes_the_fetches_of_magic_with_it(self):
         read = self.wait_for_four()
@@ -279,10 +378,28 @@ class TestApp(unittest.TestCase):
         self.assertRaises(asyncio.CancelledError, asyncio.run, cancel())
         self.assertEqual(read(4), [b""] * 4)
 
+    def test_a_broken_view_is_a_plain_500_with_its_traceback_in_the_terminal(self):
+        fault, nothing = mock.Mock(side_effect=OSError("mine")), lambda responses: None
+        for broken, last in (fault, "OSError: mine"), (nothing, "returned None"):
+            self.patch(answer=broken)
+            for view in VIEWS:
+                self.assert_error(view, 500, f"\nTraceback .*{last}")
+
     def port_of(self, child):
         """Read the terminal of a server until it says where it serves."""
         said = next(line for line in child.stdout if "http://127.0.0.1:" in line)
         return int(re.search(r"http://127.0.0.1:(\d+)", said)[1])
+
+    def test_a_live_upstream_is_fetched_through_the_proxy_of_the_environment(self):
+        port = self.port_of(self.live)
+        self.assert_result(port=port)
+        self.assertEqual(self.proxy.exchanges[0].path, "http://a.invalid/get?test=1")
+        self.proxy.reply = b""
+        self.assertEqual([self.get(view, port)[0] for view in VIEWS], [502, 502])
+        self.live.send_signal(signal.SIGINT)
+        lines = self.live.communicate(timeout=WAIT)[0].splitlines()
+        ours = [line[:11] for line in lines if not line.startswith("INFO: ")]
+        self.assertEqual(ours, ["502 for '/'", "502 for '/m"])
 
     def test_the_stand_in_serves_a_wsgi_server_of_one_thread_past_any_proxy(self):
         port = self.port_of(self.wsgi)
@@ -290,3 +407,11 @@ class TestApp(unittest.TestCase):
         self.assertEqual(self.trap.exchanges, [])
         self.wsgi.send_signal(signal.SIGINT)
         self.wsgi.communicate(timeout=WAIT)  # the stand-in does not keep it alive
+
+    def test_a_bad_environment_variable_stops_the_start_and_is_named(self):
+        terminal = self.bad_latency.communicate(timeout=WAIT)[0]
+        self.assertRegex(terminal, r"(?s)LATENCY = float\(.*ValueError: .*'soon'\n$")
+        message = "UPSTREAM must be an http or https URL with a host\n"
+        self.assertEqual(self.bad_upstream.communicate(timeout=WAIT)[0], message)
+        ends = [child.returncode for child in (self.bad_latency, self.bad_upstream)]
+        self.assertEqual(ends, [1, 1])
