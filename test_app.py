@@ -14,6 +14,7 @@ import re
 import signal
 import socket
 import socketserver
+import ssl
 import struct
 import subprocess
 import sys
@@ -33,6 +34,7 @@ DEFAULTS = app.LATENCY, app.TIMEOUT
 app.LATENCY = 0.02
 
 HERE = pathlib.Path(__file__).parent
+CERTIFICATE = HERE / ".ci" / "127.0.0.1.pem"  # with its key; nobody trusts it
 PORT = urlsplit(app.urls[0]).port  # the stand-in is a uvicorn that serves the views too
 VIEWS = "/", "/magic"
 WAIT = 20  # seconds, for what comes at once unless a test fails
@@ -54,12 +56,16 @@ class Exchange(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): ...
 
 
-def serve(reply):
+def serve(reply, scheme="http"):
     """Start an upstream that answers with bytes, or a function of the Exchange."""
     server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Exchange)
     server.daemon_threads, server.reply, server.exchanges = True, reply, []
     server.address = f"127.0.0.1:{server.server_address[1]}"
-    server.url = f"http://user:secret@{server.address}/get"
+    server.url = f"{scheme}://user:secret@{server.address}/get"
+    if scheme == "https":
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(CERTIFICATE)
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, args=[0.01]).start()
     unittest.addModuleCleanup(server.server_close)
     unittest.addModuleCleanup(server.shutdown)
@@ -136,12 +142,15 @@ class TestApp(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         """Start all servers that are processes of their own, at once."""
-        cls.proxy, cls.trap = serve(echo), serve(echo)
+        cls.proxy, cls.trap, cls.tls = serve(echo), serve(echo), serve(echo, "https")
         live = {"http_proxy": cls.proxy.url, "UPSTREAM": "http://a.invalid/get"}
         trap = {"http_proxy": cls.trap.url, "ALL_PROXY": "socks5://h", "LATENCY": "0"}
+        trust = dict.fromkeys(["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"], str(CERTIFICATE))
+        trust["UPSTREAM"] = cls.tls.url
         runserver = "app.py", "runserver", "--noreload", "--nothreading", "0"
         uvicorn = "-m", "uvicorn", "app:application"
         cls.live = cls.start(*uvicorn, "--port", "0", **live)
+        cls.trusting = cls.start(*uvicorn, "--port", "0", **trust)
         cls.wsgi = cls.start(*runserver, **trap)
         cls.bad_latency = cls.start(*uvicorn, LATENCY="soon")
         cls.bad_upstream = cls.start(*uvicorn, UPSTREAM="ftp://h/")
@@ -407,6 +416,15 @@ class TestApp(unittest.TestCase):
         self.assertEqual(self.trap.exchanges, [])
         self.wsgi.send_signal(signal.SIGINT)
         self.wsgi.communicate(timeout=WAIT)  # the stand-in does not keep it alive
+
+    def test_the_certificate_of_an_upstream_has_to_be_trusted(self):
+        self.patch(urls=app.four(self.tls.url))
+        self.assert_upstream_error("SSLCertVerificationError", "https://127")
+        app.TLS.load_verify_locations(CERTIFICATE)  # for its own name alone
+        self.patch(urls=app.four(self.tls.url.replace("127.0.0.1", "localhost")))
+        with mock.patch.dict(os.environ, REQUESTS_CA_BUNDLE=str(CERTIFICATE)):
+            self.assert_upstream_error("SSLCertVerificationError", "https://localhost")
+        self.assert_result(port=self.port_of(self.trusting))
 
     def test_a_bad_environment_variable_stops_the_start_and_is_named(self):
         terminal = self.bad_latency.communicate(timeout=WAIT)[0]
