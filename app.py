@@ -115,6 +115,7 @@ def four(upstream):
 settings.configure(
     ROOT_URLCONF=__name__,
     ALLOWED_HOSTS=["*"],  # runserver asks for it; no code here reads the Host header
+    SECRET_KEY=os.urandom(32),  # DEBUG=True asks for it; nothing is signed
 )
 urlpatterns = [path("", index), path("magic", magic), path("get", get)]
 application = asgi.get_asgi_application()

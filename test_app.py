@@ -24,6 +24,7 @@ import unittest
 from unittest import mock
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from django.test import override_settings
 from django.urls import clear_url_caches
 
 READ = r"(?i)UPSTREAM|LATENCY|\w+_proxy|SSL_CERT_\w+|(REQUESTS|CURL)_CA_BUNDLE"
@@ -175,14 +176,14 @@ class TestApp(unittest.TestCase):
         self.patch(urls=app.four(server.url))
         return server
 
-    def get(self, path, port=PORT, headers=None):
+    def get(self, path, port=PORT, headers=None, kind="application/json"):
         """Return the status and the body of a GET, after a look at its headers."""
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         with contextlib.closing(connection):
             connection.request("GET", path, headers=headers or {})
             answer = connection.getresponse()
             self.timing = answer.headers["Server-Timing"]
-            self.assertEqual(answer.headers["Content-Type"], "application/json")
+            self.assertEqual(answer.headers["Content-Type"], kind)
             self.assertNotIn("Set-Cookie", answer.headers)
             return answer.status, answer.read()
 
@@ -393,6 +394,9 @@ class TestApp(unittest.TestCase):
             self.patch(answer=broken)
             for view in VIEWS:
                 self.assert_error(view, 500, f"\nTraceback .*{last}")
+            with override_settings(DEBUG=True), self.assertLogs("django.request"):
+                page = self.get("/magic", kind="text/html")[1]
+            self.assertIn(last.split(": ")[-1], page.decode())
 
     def port_of(self, child):
         """Read the terminal of a server until it says where it serves."""
