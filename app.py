@@ -112,6 +112,12 @@ def four(upstream):
     sys.exit("UPSTREAM must be an http or https URL with a host")
 
 
+with suppress(ImportError, ValueError):  # Windows has no limit, and some a fixed one
+    import resource  # a waiting /magic holds nine files; macOS allows 256, or 10,240
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 10_240)), hard))
+"".encode("unicode_escape")  # load what Django logs errors with, before files run out
 settings.configure(
     ROOT_URLCONF=__name__,
     ALLOWED_HOSTS=["*"],  # runserver asks for it; no code here reads the Host header

@@ -11,6 +11,7 @@ import os
 import pathlib
 import queue
 import re
+import resource
 import signal
 import socket
 import socketserver
@@ -38,8 +39,16 @@ HERE = pathlib.Path(__file__).parent
 CERTIFICATE = HERE / ".ci" / "127.0.0.1.pem"  # with its key; nobody trusts it
 PORT = urlsplit(app.urls[0]).port  # the stand-in is a uvicorn that serves the views too
 VIEWS = "/", "/magic"
+HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # open files
 WAIT = 20  # seconds, for what comes at once unless a test fails
 RESULT = b'{"result": [{"test": "1"}, {"test": "2"}, {"test": "3"}, {"test": "4"}]}'
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, eval(sys.argv[1]))
+import app, uvicorn
+print(app.LATENCY, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+uvicorn.main(["app:application", "--port", "0"])
+"""
 
 
 class Exchange(http.server.BaseHTTPRequestHandler):
@@ -150,8 +159,9 @@ class TestApp(unittest.TestCase):
         trust["UPSTREAM"] = cls.tls.url
         runserver = "app.py", "runserver", "--noreload", "--nothreading", "0"
         uvicorn = "-m", "uvicorn", "app:application"
-        cls.live = cls.start(*uvicorn, "--port", "0", **live)
-        cls.trusting = cls.start(*uvicorn, "--port", "0", **trust)
+        cls.live = cls.start("-c", LIMITED, f"256, {HARD}", **live)
+        cls.rich = cls.start("-c", LIMITED, f"{min(HARD, 12_000)}, {HARD}", **trust)
+        cls.poor = cls.start("-c", LIMITED, "128, 128", **trap)
         cls.wsgi = cls.start(*runserver, **trap)
         cls.bad_latency = cls.start(*uvicorn, LATENCY="soon")
         cls.bad_upstream = cls.start(*uvicorn, UPSTREAM="ftp://h/")
@@ -398,13 +408,14 @@ class TestApp(unittest.TestCase):
                 page = self.get("/magic", kind="text/html")[1]
             self.assertIn(last.split(": ")[-1], page.decode())
 
-    def port_of(self, child):
+    def port_of(self, child, first_line):
         """Read the terminal of a server until it says where it serves."""
+        self.assertRegex(child.stdout.readline(), first_line)
         said = next(line for line in child.stdout if "http://127.0.0.1:" in line)
         return int(re.search(r"http://127.0.0.1:(\d+)", said)[1])
 
     def test_a_live_upstream_is_fetched_through_the_proxy_of_the_environment(self):
-        port = self.port_of(self.live)
+        port = self.port_of(self.live, f"^1.5 {min(HARD, 10_240)}$")
         self.assert_result(port=port)
         self.assertEqual(self.proxy.exchanges[0].path, "http://a.invalid/get?test=1")
         self.proxy.reply = b""
@@ -415,7 +426,7 @@ class TestApp(unittest.TestCase):
         self.assertEqual(ours, ["502 for '/'", "502 for '/m"])
 
     def test_the_stand_in_serves_a_wsgi_server_of_one_thread_past_any_proxy(self):
-        port = self.port_of(self.wsgi)
+        port = self.port_of(self.wsgi, "^Performing system checks")
         self.assert_result(port=port)
         self.assertEqual(self.trap.exchanges, [])
         self.wsgi.send_signal(signal.SIGINT)
@@ -428,7 +439,22 @@ class TestApp(unittest.TestCase):
         self.patch(urls=app.four(self.tls.url.replace("127.0.0.1", "localhost")))
         with mock.patch.dict(os.environ, REQUESTS_CA_BUNDLE=str(CERTIFICATE)):
             self.assert_upstream_error("SSLCertVerificationError", "https://localhost")
-        self.assert_result(port=self.port_of(self.trusting))
+        self.assert_result(port=self.port_of(self.rich, f"^1.5 {min(HARD, 12_000)}$"))
+
+    def test_a_crowd_is_answered_in_json_where_files_run_out(self):
+        port = self.port_of(self.poor, "^0.0 128$")
+        crowd = [http.client.HTTPConnection("127.0.0.1", port) for _ in range(40)]
+        for connection in crowd:
+            self.addCleanup(connection.close)
+            connection.request("GET", "/get")  # so that it has been accepted
+            connection.getresponse().read()
+        for connection in crowd:
+            connection.request("GET", "/magic")
+        answers = [connection.getresponse() for connection in crowd]
+        self.assertIn(502, [answer.status for answer in answers])
+        types = {answer.headers["Content-Type"] for answer in answers}
+        self.assertEqual(types, {"application/json"})
+        self.assert_result(port=port)
 
     def test_a_bad_environment_variable_stops_the_start_and_is_named(self):
         terminal = self.bad_latency.communicate(timeout=WAIT)[0]
