@@ -193,7 +193,7 @@ class TestApp(unittest.TestCase):
             connection.request("GET", path, headers=headers or {})
             answer = connection.getresponse()
             self.timing = answer.headers["Server-Timing"]
-            self.assertEqual(answer.headers["Content-Type"], kind)
+            self.assertEqual(answer.headers.get_content_type(), kind)
             self.assertNotIn("Set-Cookie", answer.headers)
             return answer.status, answer.read()
 
