@@ -352,7 +352,7 @@ class TestApp(unittest.TestCase):
         self.addCleanup(socket.create_connection(full.getsockname()).close)
         for host, reason in [
             ("127.0.0.1:1", "ConnectionRefusedError"),
-            ("127.0.0.1:99999", "LocationParseError|ConnectionRefusedError|gaierror"),
+            ("127.0.0.1:65537", "LocationParseError|ConnectionRefusedError|gaierror"),
             ("unknown.invalid", "gaierror"),
             (f"127.0.0.1:{full.getsockname()[1]}", "TimeoutError"),
         ]:
@@ -445,6 +445,7 @@ class TestApp(unittest.TestCase):
         port = self.port_of(self.poor, "^0.0 128$")
         crowd = [http.client.HTTPConnection("127.0.0.1", port) for _ in range(40)]
         for connection in crowd:
+            connection.timeout = WAIT
             self.addCleanup(connection.close)
             connection.request("GET", "/get")  # so that it has been accepted
             connection.getresponse().read()
@@ -457,9 +458,9 @@ class TestApp(unittest.TestCase):
         self.assert_result(port=port)
 
     def test_a_bad_environment_variable_stops_the_start_and_is_named(self):
-        terminal = self.bad_latency.communicate(timeout=WAIT)[0]
+        terminal = self.bad_latency.communicate(timeout=3 * WAIT)[0]
         self.assertRegex(terminal, r"(?s)LATENCY = float\(.*ValueError: .*'soon'\n$")
         message = "UPSTREAM must be an http or https URL with a host\n"
-        self.assertEqual(self.bad_upstream.communicate(timeout=WAIT)[0], message)
+        self.assertEqual(self.bad_upstream.communicate(timeout=3 * WAIT)[0], message)
         ends = [child.returncode for child in (self.bad_latency, self.bad_upstream)]
         self.assertEqual(ends, [1, 1])
