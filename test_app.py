@@ -430,7 +430,8 @@ class TestApp(unittest.TestCase):
         self.assert_result(port=port)
         self.assertEqual(self.trap.exchanges, [])
         self.wsgi.send_signal(signal.SIGINT)
-        self.wsgi.communicate(timeout=WAIT)  # the stand-in does not keep it alive
+        terminal = self.wsgi.communicate(timeout=WAIT)[0]  # nothing keeps it alive
+        self.assertNotIn("/get", terminal)
 
     def test_the_certificate_of_an_upstream_has_to_be_trusted(self):
         self.patch(urls=app.four(self.tls.url))
