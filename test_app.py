@@ -92,9 +92,10 @@ def redirect(location):
 
 
 def echo(exchange):
-    """Answer as httpbin's /get does, and keep the connection open."""
+    """Answer as httpbin's /get does; as the whole reply, keep the connection open."""
     body = json.dumps({"args": exchange.query}).encode()
-    return response(body, header="Set-Cookie: a=b")
+    connection = "close" if exchange.close_connection else "keep-alive"
+    return response(body, header=f"Set-Cookie: a=b\r\nConnection: {connection}")
 
 
 def stall(exchange, start=b""):
