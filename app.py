@@ -55,7 +55,7 @@ def answer(responses):
 
 
 def args(response):
-    """Return the args in a response's bytes, of either library, or raise NotHttpbin."""
+    """Return the args of a response (the two .json() differ), or raise NotHttpbin."""
     with suppress(ValueError, RecursionError):  # no JSON (int refuses NaN), or too deep
         match response.status_code, json.loads(response.content, parse_constant=int):
             case 200, {"args": dict() as found}:
@@ -69,7 +69,7 @@ class NotHttpbin(requests.RequestException):
 
 def handler500(request):
     """Answer for a view that raised: 504 or 502 if its upstream failed, else 500."""
-    match error := sys.exc_info()[1]:  # Django calls this, by name, as it handles one
+    match error := sys.exc_info()[1]:  # Django calls this by name, in its except clause
         case requests.RequestException() | httpx.HTTPError() | httpx.InvalidURL():
             why = root(error)
             status = 504 if isinstance(why, TimeoutError) else 502
@@ -112,8 +112,8 @@ def four(upstream):
     sys.exit("UPSTREAM must be an http or https URL with a host")
 
 
-with suppress(ImportError, ValueError):  # Windows has no limit, and some a fixed one
-    import resource  # a waiting /magic holds nine files; macOS allows 256, or 10,240
+with suppress(ImportError, ValueError):  # Windows has none; others may forbid it
+    import resource  # a waiting /magic holds nine files; macOS allows 256 to 10,240
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 10_240)), hard))
