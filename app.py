@@ -3,7 +3,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32.3",
-#                 "sniffio>=1.3", "uvicorn[standard]>=0.32"]
+#                 "sniffio>=1.3", "uvicorn[standard]>=0.36"]
 # ///
 """Fetch four URLs one after another, at / (6 s), or all at once, at /magic (1.5 s)."""
 
@@ -98,8 +98,13 @@ def start_stand_in():
     """Serve this file again in an event loop of its own; return the URL of its /get."""
     os.environ["no_proxy"] = "*"  # both libraries read it, and no proxy leads here
     listener = socket.create_server(("127.0.0.1", 0))
-    server = Server(Config(application, lifespan="off", log_config=None))
-    threading.Thread(target=server.run, args=[[listener]], daemon=True).start()
+    # asyncio's loop, as uvloop's can crash when Python exits while it runs
+    config = Config(application, loop="asyncio", lifespan="off", log_config=None)
+    server = Server(config)
+    thread = threading.Thread(target=server.run, args=[[listener]], daemon=True)
+    thread.start()
+    while thread.is_alive() and not server.started:
+        thread.join(0.01)  # until it serves: gunicorn --preload may fork next
     return f"http://127.0.0.1:{listener.getsockname()[1]}/get"
 
 
