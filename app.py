@@ -1,13 +1,18 @@
-# pip install "django>=5.2" "httpx<1" requests sniffio "uvicorn[standard]"
-# uvicorn app:application
+"""Fetch four URLs one after another, at / (6 s), or all at once, at /magic (1.5 s).
+
+    pip install django httpx requests sniffio "uvicorn[standard]"
+    uvicorn app:application
+
+A stand-in for httpbin.org starts with it: no network is needed. Environment variables:
+LATENCY, the seconds that it takes (default 1.5), and UPSTREAM, a URL to fetch instead.
+"""
 # /// script
-# requires-python = ">=3.10"
 # dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32.3",
-#                 "sniffio>=1.3", "uvicorn[standard]>=0.36"]
+#                 "sniffio>=1.3", "uvicorn[standard]>=0.36"]  # sniffio speeds up httpx
 # ///
-"""Fetch four URLs one after another, at / (6 s), or all at once, at /magic (1.5 s)."""
 
 import asyncio
+import codecs
 import json
 import logging
 import os
@@ -16,20 +21,30 @@ import socket
 import sys
 import threading
 from contextlib import suppress
+from http import HTTPStatus
 
 import httpx
 import requests
 from django.conf import settings
-from django.core import asgi, management
+from django.core.asgi import get_asgi_application
+from django.core.management import execute_from_command_line
 from django.http import JsonResponse
 from django.urls import path
 from uvicorn import Config, Server
 
-LATENCY = float(os.environ.get("LATENCY", "1.5"))  # seconds that the stand-in waits
-UPSTREAM = os.environ.get("UPSTREAM")  # URL to fetch, instead of the stand-in's
+LATENCY = float(os.environ.get("LATENCY") or 1.5)  # seconds that the stand-in takes
 TIMEOUT = 10  # seconds to wait for a connection, and for each next byte
-TLS = httpx.create_ssl_context()  # once: it reads every certificate, and blocks
+TLS = httpx.create_ssl_context()  # slow to make, so once and not for each client
+FETCH_ERRORS = requests.RequestException, httpx.HTTPError, httpx.InvalidURL
 log = logging.getLogger(__name__)
+
+listener = socket.socket()  # bound here for its port; start_stand_in() serves it
+listener.bind(("127.0.0.1", 0))  # 0: any free port
+STAND_IN = f"http://127.0.0.1:{listener.getsockname()[1]}/get"
+upstream = httpx.URL(os.environ.get("UPSTREAM") or STAND_IN)
+if upstream.scheme not in ("http", "https") or not upstream.host:
+    sys.exit("UPSTREAM must be an http or https URL with a host")
+urls = [str(upstream.copy_add_param("test", n)) for n in (1, 2, 3, 4)]
 
 
 def index(request):
@@ -48,88 +63,78 @@ async def magic(request):
 
 def answer(responses):
     """Return the args of all responses; in Server-Timing, the ms that each took."""
-    result = [args(response) for response in responses]
+    result = [args_of(response) for response in responses]
     times = [response.elapsed.total_seconds() * 1000 for response in responses]
     timing = ", ".join(f"get{n};dur={ms:.1f}" for n, ms in enumerate(times, 1))
     return JsonResponse({"result": result}, headers={"Server-Timing": timing})
 
 
-def args(response):
-    """Return the args of a response (the two .json() differ), or raise NotHttpbin."""
-    with suppress(ValueError, RecursionError):  # no JSON (int refuses NaN), or too deep
-        match response.status_code, json.loads(response.content, parse_constant=int):
-            case 200, {"args": dict() as found}:
-                return found
-    raise NotHttpbin(f"status {response.status_code}", response=response)
-
-
-class NotHttpbin(requests.RequestException):
-    """A response, of either library, that is not like one of httpbin's /get."""
+def args_of(response):
+    """Return the args in a response like httpbin's, or raise a RequestException."""
+    with suppress(ValueError, RecursionError):  # not JSON, or nested too deeply
+        match response.status_code, json.loads(response.content):
+            case 200, {"args": dict() as args}:
+                json.dumps(args, allow_nan=False)  # refuses NaN and 1e999, unlike loads
+                return args
+    reason = f"status {response.status_code}, not like httpbin's /get"
+    raise requests.RequestException(reason, response=response)
 
 
 def handler500(request):
-    """Answer for a view that raised: 504 or 502 if its upstream failed, else 500."""
-    match error := sys.exc_info()[1]:  # Django calls this by name, in its except clause
-        case requests.RequestException() | httpx.HTTPError() | httpx.InvalidURL():
-            why = root(error)
-            status = 504 if isinstance(why, TimeoutError) else 502
-            url = getattr(getattr(error, "request", None), "url", urls)
-            line = f"{status} for {request.path!r}: {why!r} at {str(url)!r}"
-            log.error("%.700s", re.sub("//[^/]*@", "//", line))  # without a password
-        case _:
-            status = 500
-            log.exception("500 for %.99r", request.path)
-    return JsonResponse({"error": httpx.codes.get_reason_phrase(status)}, status=status)
+    """Answer for a view that raised: 504 or 502 if a fetch failed, else 500."""
+    error = sys.exc_info()[1]  # the view's: Django calls this in its except clause
+    if not isinstance(error, FETCH_ERRORS):
+        log.exception("500 for %r", request.path)  # Django prints nothing
+        return JsonResponse({"error": "Internal Server Error"}, status=500)
+    cause = root_cause(error)
+    status = HTTPStatus(504 if isinstance(cause, TimeoutError) else 502)
+    url = urls  # all four, where the error does not say which
+    with suppress(AttributeError, RuntimeError):
+        url = error.request.url
+    line = f"{status:d} for {request.path!r}: {cause!r} at {str(url)!r}"
+    log.error(re.sub("//[^/]*@", "//", line)[:700])  # no password; not endless
+    return JsonResponse({"error": status.phrase}, status=status)
 
 
-def root(error):
-    """Return the exception that an error goes back to, which may be itself."""
-    cause = error.__cause__ or error.__context__
-    return root(cause) if isinstance(cause, Exception) else error  # not CancelledError
+def root_cause(error):
+    """Return the exception that the libraries wrapped in exceptions of their own."""
+    cause = error.__cause__ if error.__suppress_context__ else error.__context__
+    while isinstance(cause, Exception):  # until None, or a timeout's CancelledError
+        error, cause = cause, cause.__cause__ or cause.__context__  # httpcore hides it
+    return error
 
 
-async def get(request):
-    """Stand in for httpbin's /get: wait LATENCY seconds, then return the query."""
+async def stand_in(request):
+    """Answer as httpbin's /get does, with the query, but wait LATENCY seconds first."""
     await asyncio.sleep(LATENCY)
     return JsonResponse({"args": request.GET.dict()})
 
 
 def start_stand_in():
-    """Serve this file again in an event loop of its own; return the URL of its /get."""
-    os.environ["no_proxy"] = "*"  # both libraries read it, and no proxy leads here
-    listener = socket.create_server(("127.0.0.1", 0))
+    """Serve this app on a second port: urls need one, and no app knows its own."""
+    os.environ["no_proxy"] = "*"  # both libraries reach 127.0.0.1 without a proxy
     # asyncio's loop, as uvloop's can crash when Python exits while it runs
-    config = Config(application, loop="asyncio", lifespan="off", log_config=None)
-    server = Server(config)
-    thread = threading.Thread(target=server.run, args=[[listener]], daemon=True)
+    other = Server(Config(application, loop="asyncio", lifespan="off", log_config=None))
+    thread = threading.Thread(target=other.run, args=([listener],), daemon=True)
     thread.start()
-    while thread.is_alive() and not server.started:
+    while thread.is_alive() and not other.started:
         thread.join(0.01)  # until it serves: gunicorn --preload may fork next
-    return f"http://127.0.0.1:{listener.getsockname()[1]}/get"
 
 
-def four(upstream):
-    """Return four URLs, the upstream's with ?test=1 to ?test=4, or end the program."""
-    with suppress(httpx.InvalidURL, ValueError):
-        url = httpx.URL(upstream)
-        if url.host and url.scheme in ("http", "https"):
-            return [str(url.copy_add_param("test", n)) for n in (1, 2, 3, 4)]
-    sys.exit("UPSTREAM must be an http or https URL with a host")
+with suppress(ImportError, OSError, ValueError):  # not on Windows, or not allowed
+    from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
-
-with suppress(ImportError, ValueError):  # Windows has none; others may forbid it
-    import resource  # a waiting /magic holds nine files; macOS allows 256 to 10,240
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 10_240)), hard))
-"".encode("unicode_escape")  # load what Django logs errors with, before files run out
+    soft, hard = getrlimit(RLIMIT_NOFILE)  # macOS: 256; a /magic takes 1 + 4 + 4
+    setrlimit(RLIMIT_NOFILE, (max(soft, min(hard, 10_240)), hard))
+codecs.lookup("unicode_escape")  # Django logs with it: load it while files can open
 settings.configure(
     ROOT_URLCONF=__name__,
     ALLOWED_HOSTS=["*"],  # runserver asks for it; no code here reads the Host header
-    SECRET_KEY=os.urandom(32),  # DEBUG=True asks for it; nothing is signed
+    SECRET_KEY=os.urandom(32),  # for whoever adds DEBUG=True, whose page asks for it
 )
-urlpatterns = [path("", index), path("magic", magic), path("get", get)]
-application = asgi.get_asgi_application()
-urls = four(UPSTREAM or start_stand_in())
-if __name__ == "__main__":
-    management.execute_from_command_line(sys.argv)
+urlpatterns = [path("", index), path("magic", magic), path("get", stand_in)]
+application = get_asgi_application()
+if any(url.startswith(STAND_IN) for url in urls):  # not with UPSTREAM, or others pasted
+    start_stand_in()
+if __name__ == "__main__":  # python app.py runserver
+    execute_from_command_line(sys.argv)
