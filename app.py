@@ -74,7 +74,7 @@ def args_of(response):
     with suppress(ValueError, RecursionError):  # not JSON, or nested too deeply
         match response.status_code, json.loads(response.content):
             case 200, {"args": dict() as args}:
-                json.dumps(args, allow_nan=False)  # refuses NaN and 1e999, unlike loads
+                json.dumps(args, allow_nan=False)  # ValueError if it has NaN or 1e999
                 return args
     reason = f"status {response.status_code}, not like httpbin's /get"
     raise requests.RequestException(reason, response=response)
@@ -84,7 +84,7 @@ def handler500(request):
     """Answer for a view that raised: 504 or 502 if a fetch failed, else 500."""
     error = sys.exc_info()[1]  # the view's: Django calls this in its except clause
     if not isinstance(error, FETCH_ERRORS):
-        log.exception("500 for %r", request.path)  # Django prints nothing
+        log.exception("500 for %r", request.path)  # Django is silent without DEBUG
         return JsonResponse({"error": "Internal Server Error"}, status=500)
     cause = root_cause(error)
     status = HTTPStatus(504 if isinstance(cause, TimeoutError) else 502)
@@ -97,10 +97,10 @@ def handler500(request):
 
 
 def root_cause(error):
-    """Return the exception that the libraries wrapped in exceptions of their own."""
+    """Return what the libraries wrapped: for a timeout in either, a TimeoutError."""
     cause = error.__cause__ if error.__suppress_context__ else error.__context__
     while isinstance(cause, Exception):  # until None, or a timeout's CancelledError
-        error, cause = cause, cause.__cause__ or cause.__context__  # httpcore hides it
+        error, cause = cause, cause.__cause__ or cause.__context__  # despite from None
     return error
 
 
@@ -111,22 +111,22 @@ async def stand_in(request):
 
 
 def start_stand_in():
-    """Serve this app on a second port: urls need one, and no app knows its own."""
+    """Serve this app on a second port, known to urls, as its first port is not."""
     os.environ["no_proxy"] = "*"  # both libraries reach 127.0.0.1 without a proxy
     # asyncio's loop, as uvloop's can crash when Python exits while it runs
     other = Server(Config(application, loop="asyncio", lifespan="off", log_config=None))
     thread = threading.Thread(target=other.run, args=([listener],), daemon=True)
     thread.start()
     while thread.is_alive() and not other.started:
-        thread.join(0.01)  # until it serves: gunicorn --preload may fork next
+        thread.join(0.01)  # wait until it serves: gunicorn --preload forks next
 
 
 with suppress(ImportError, OSError, ValueError):  # not on Windows, or not allowed
     from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
-    soft, hard = getrlimit(RLIMIT_NOFILE)  # macOS: 256; a /magic takes 1 + 4 + 4
+    soft, hard = getrlimit(RLIMIT_NOFILE)  # macOS: 256 files; a /magic opens 9
     setrlimit(RLIMIT_NOFILE, (max(soft, min(hard, 10_240)), hard))
-codecs.lookup("unicode_escape")  # Django logs with it: load it while files can open
+codecs.lookup("unicode_escape")  # Django's logging needs it, also when out of files
 settings.configure(
     ROOT_URLCONF=__name__,
     ALLOWED_HOSTS=["*"],  # runserver asks for it; no code here reads the Host header
@@ -134,7 +134,7 @@ settings.configure(
 )
 urlpatterns = [path("", index), path("magic", magic), path("get", stand_in)]
 application = get_asgi_application()
-if any(url.startswith(STAND_IN) for url in urls):  # not with UPSTREAM, or others pasted
+if any(url.startswith(STAND_IN) for url in urls):  # unless others are fetched
     start_stand_in()
 if __name__ == "__main__":  # python app.py runserver
     execute_from_command_line(sys.argv)
