@@ -1,6 +1,7 @@
 """Tests of app.py: requests to a real uvicorn, and an upstream that a test scripts."""
 
 import asyncio
+import http.client
 import http.server
 import importlib
 import json
@@ -109,6 +110,7 @@ FAILURES = {
     "redirects for ever": response(b"", "302 Found", "Location: ?test=1"),
     "redirects to no URL": response(b"", "302 Found", "Location: mailto:x"),
     "created": response(b'{"args": {}}', "201 Created"),
+    "not found": response(b'{"args": {}}', "404 Not Found"),
     "no JSON": response(b"<html>"),
     "no UTF-8": response(b'{"args": {"a": "\xff"}}'),
     "nested too deeply": response(b'{"args": ' + b'{"":' * 100_000),
@@ -185,13 +187,8 @@ class AppTest(TestCase):
     def start(self, *arguments, folder=HERE, **environ):
         """Start another Python; return its process, whose terminal is a file."""
         out = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
-        options = {
-            "cwd": folder,
-            "env": ENVIRON | environ,
-            "stdout": out,
-            "stderr": out,
-        }
-        process = subprocess.Popen([sys.executable, "-u", *arguments], **options)
+        setup = {"cwd": folder, "env": ENVIRON | environ, "stdout": out, "stderr": out}
+        process = subprocess.Popen([sys.executable, "-u", *arguments], **setup)
         for cleanup in out.close, process.wait, process.kill:
             self.addCleanup(cleanup)
         process.terminal = lambda: pathlib.Path(out.name).read_text()
@@ -420,6 +417,10 @@ class TheStart(AppTest):
     def test_the_stand_in_runs_in_asyncios_own_loop(self):
         self.assertNotIn("uvloop", sys.modules)
 
+    def test_the_stand_in_serves_as_soon_as_app_is_imported(self):
+        run = "import app, socket; socket.create_connection(app.listener.getsockname())"
+        self.assertEqual(self.start("-c", run).wait(WAIT), 0)
+
     def test_a_stand_in_that_cannot_start_is_not_waited_for(self):
         code = "import uvicorn; uvicorn.Server.run = id; import app"
         self.assertEqual(self.start("-c", code).wait(WAIT), 0)
@@ -442,7 +443,7 @@ class TheStart(AppTest):
         runserver = "app.py", "runserver", "--noreload", "--nothreading", "0"
         server = self.start(*runserver, LATENCY="0", no_proxy="other", **proxies)
         self.assert_result(*VIEWS, *VIEWS, port=self.port_of(server))
-        self.assertNotIn("/get", server.terminal())  # which is runserver's
+        self.assertNotIn("/get", server.terminal())  # the terminal is runserver's alone
 
     def test_a_server_may_fork_right_after_the_import(self):
         fork = "import app, os, signal, uvicorn; os.fork() and (os.wait(), os._exit(0))"
