@@ -1,27 +1,23 @@
-"""Fetch four URLs one after another, at / (6 s), or all at once, at /magic (1.5 s).
+"""Two Django views fetch the same four URLs: / one after another, /magic all at once.
 
-    pip install django httpx requests sniffio "uvicorn[standard]"
+    pip install django httpx requests uvicorn
     uvicorn app:application
+    time curl http://127.0.0.1:8000/         # 6 s: four waits of 1.5 s
+    time curl http://127.0.0.1:8000/magic    # 1.5 s: the four at once
 
-A stand-in for httpbin.org starts with it: no network is needed. Environment variables:
-LATENCY, the seconds that it takes (default 1.5), and UPSTREAM, a URL to fetch instead.
+No network is needed: a small server in this file stands in for httpbin.org. If you have
+uv, "uv run app.py runserver" installs the packages and starts Django's own server.
 """
-# /// script
-# dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32.3",
-#                 "sniffio>=1.3", "uvicorn[standard]>=0.36"]  # sniffio speeds up httpx
-# ///
 
 import asyncio
-import codecs
 import json
 import logging
 import os
-import re
-import socket
 import sys
 import threading
-from contextlib import suppress
-from http import HTTPStatus
+import time
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
 
 import httpx
 import requests
@@ -30,111 +26,80 @@ from django.core.asgi import get_asgi_application
 from django.core.management import execute_from_command_line
 from django.http import JsonResponse
 from django.urls import path
-from uvicorn import Config, Server
 
-LATENCY = float(os.environ.get("LATENCY") or 1.5)  # seconds that the stand-in takes
-TIMEOUT = 10  # seconds to wait for a connection, and for each next byte
-TLS = httpx.create_ssl_context()  # slow to make, so once and not for each client
-FETCH_ERRORS = requests.RequestException, httpx.HTTPError, httpx.InvalidURL
-log = logging.getLogger(__name__)
+LATENCY = 1.5  # seconds that the stand-in server waits before it answers
+TIMEOUT = 10  # a fetch fails after so many seconds without data
+CERTIFICATES = httpx.create_ssl_context()  # for https; 20 ms, so not for each request
 
-listener = socket.socket()  # bound here for its port; start_stand_in() serves it
-listener.bind(("127.0.0.1", 0))  # 0: any free port
-STAND_IN = f"http://127.0.0.1:{listener.getsockname()[1]}/get"
-upstream = httpx.URL(os.environ.get("UPSTREAM") or STAND_IN)
-if upstream.scheme not in ("http", "https") or not upstream.host:
-    sys.exit("UPSTREAM must be an http or https URL with a host")
-urls = [str(upstream.copy_add_param("test", n)) for n in (1, 2, 3, 4)]
+# Both views fetch `urls`, set below. requests can only block; httpx can be awaited.
 
 
 def index(request):
-    """Fetch one after another: the answer takes the sum of the four times."""
+    """Fetch one after another: takes the four times added up."""
     responses = [requests.get(url, timeout=TIMEOUT) for url in urls]
     return answer(responses)
 
 
 async def magic(request):
-    """Fetch all at once: the answer takes the longest of the four times."""
-    async with httpx.AsyncClient(verify=TLS, timeout=TIMEOUT) as client:
-        fetches = [client.get(url, follow_redirects=True) for url in urls]
-        responses = await asyncio.gather(*fetches)
+    """Fetch all at once: takes as long as the slowest."""
+    async with httpx.AsyncClient(timeout=TIMEOUT, verify=CERTIFICATES) as client:
+        fetches = [client.get(url) for url in urls]  # coroutines: nothing is sent yet
+        responses = await asyncio.gather(*fetches)  # runs them all, keeps their order
     return answer(responses)
 
 
 def answer(responses):
-    """Return the args of all responses; in Server-Timing, the ms that each took."""
-    result = [args_of(response) for response in responses]
-    times = [response.elapsed.total_seconds() * 1000 for response in responses]
-    timing = ", ".join(f"get{n};dur={ms:.1f}" for n, ms in enumerate(times, 1))
-    return JsonResponse({"result": result}, headers={"Server-Timing": timing})
+    """Return every response's "args" as JSON, or raise if a response is an error."""
+    for response in responses:
+        response.raise_for_status()
+    return JsonResponse({"result": [response.json()["args"] for response in responses]})
 
 
-def args_of(response):
-    """Return the args in a response like httpbin's, or raise a RequestException."""
-    with suppress(ValueError, RecursionError):  # not JSON, or nested too deeply
-        match response.status_code, json.loads(response.content):
-            case 200, {"args": dict() as args}:
-                json.dumps(args, allow_nan=False)  # ValueError if it has NaN or 1e999
-                return args
-    reason = f"status {response.status_code}, not like httpbin's /get"
-    raise requests.RequestException(reason, response=response)
+class StandIn(BaseHTTPRequestHandler):
+    """Echoes the query as "args", like httpbin.org/get, but LATENCY seconds later."""
+
+    def do_GET(self):
+        self.log_request()  # prints the time: for /magic, of four fetches together
+        args = dict(httpx.URL(self.path).params)  # such as {"test": "1"}
+        time.sleep(LATENCY)
+        body = json.dumps({"args": args})
+        # Headers and body in one write: a second would raise, if the client has left.
+        self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
+
+
+# HTTPServer would ask DNS for its name, which takes half a minute on some networks.
+server = ThreadingTCPServer(("127.0.0.1", 0), StandIn)  # 0: any free port
+server.daemon_threads = True  # else Ctrl-C waits until all threads have answered
+server.socket.listen(1024)  # lets a crowd queue; by default, 5 connections can
+threading.Thread(target=server.serve_forever, daemon=True).start()
+port = server.server_address[1]
+urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
+os.environ["no_proxy"] = "*"  # bypasses proxies; if other urls need one, delete this
 
 
 def handler500(request):
-    """Answer for a view that raised: 504 or 502 if a fetch failed, else 500."""
-    error = sys.exc_info()[1]  # the view's: Django calls this in its except clause
-    if not isinstance(error, FETCH_ERRORS):
-        log.exception("500 for %r", request.path)  # Django is silent without DEBUG
-        return JsonResponse({"error": "Internal Server Error"}, status=500)
-    cause = root_cause(error)
-    status = HTTPStatus(504 if isinstance(cause, TimeoutError) else 502)
-    url = urls  # all four, where the error does not say which
-    with suppress(AttributeError, RuntimeError):
-        url = error.request.url
-    line = f"{status:d} for {request.path!r}: {cause!r} at {str(url)!r}"
-    log.error(re.sub("//[^/]*@", "//", line)[:700])  # no password; not endless
-    return JsonResponse({"error": status.phrase}, status=status)
+    """Answer 502 if a fetch failed, else 500. Django calls this when a view raises."""
+    error = sys.exc_info()[1]  # the exception that Django is handling
+    log = logging.getLogger(__name__)
+    fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
+    if isinstance(error, fetch_errors):
+        log.error("502 for %r: %r", request.path, error)
+        return JsonResponse({"error": "Bad Gateway"}, status=502)
+    log.exception("500 for %r", request.path)  # Django prints it only with DEBUG=True
+    return JsonResponse({"error": "Internal Server Error"}, status=500)
 
 
-def root_cause(error):
-    """Return what the libraries wrapped: for a timeout in either, a TimeoutError."""
-    cause = error.__cause__ if error.__suppress_context__ else error.__context__
-    while isinstance(cause, Exception):  # until None, or a timeout's CancelledError
-        error, cause = cause, cause.__cause__ or cause.__context__  # despite from None
-    return error
-
-
-async def stand_in(request):
-    """Answer as httpbin's /get does, with the query, but wait LATENCY seconds first."""
-    await asyncio.sleep(LATENCY)
-    return JsonResponse({"args": request.GET.dict()})
-
-
-def start_stand_in():
-    """Serve this app on a second port, known to urls, as its first port is not."""
-    os.environ["no_proxy"] = "*"  # both libraries reach 127.0.0.1 without a proxy
-    # asyncio's loop, as uvloop's can crash when Python exits while it runs
-    other = Server(Config(application, loop="asyncio", lifespan="off", log_config=None))
-    thread = threading.Thread(target=other.run, args=([listener],), daemon=True)
-    thread.start()
-    while thread.is_alive() and not other.started:
-        thread.join(0.01)  # wait until it serves: gunicorn --preload forks next
-
-
-with suppress(ImportError, OSError, ValueError):  # not on Windows, or not allowed
-    from resource import RLIMIT_NOFILE, getrlimit, setrlimit
-
-    soft, hard = getrlimit(RLIMIT_NOFILE)  # macOS: 256 files; a /magic opens 9
-    setrlimit(RLIMIT_NOFILE, (max(soft, min(hard, 10_240)), hard))
-codecs.lookup("unicode_escape")  # Django's logging needs it, also when out of files
-settings.configure(
-    ROOT_URLCONF=__name__,
-    ALLOWED_HOSTS=["*"],  # runserver asks for it; no code here reads the Host header
-    SECRET_KEY=os.urandom(32),  # for whoever adds DEBUG=True, whose page asks for it
+settings.configure(  # in place of a settings.py
+    ROOT_URLCONF=__name__,  # urlpatterns and handler500 are in this file
+    ALLOWED_HOSTS=["*"],  # else runserver does not start
+    SECRET_KEY=os.urandom(32),  # for the error page, if you add DEBUG=True
 )
-urlpatterns = [path("", index), path("magic", magic), path("get", stand_in)]
+urlpatterns = [path("", index), path("magic", magic)]
 application = get_asgi_application()
-if any(url.startswith(STAND_IN) for url in urls):  # unless others are fetched
-    start_stand_in()
-if __name__ == "__main__":  # python app.py runserver
-    execute_from_command_line(sys.argv)
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32", "uvicorn>=0.30"]
+# ///
+if __name__ == "__main__":
+    execute_from_command_line()
