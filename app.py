@@ -1,13 +1,17 @@
 """Two Django views fetch the same four URLs: / one after another, /magic all at once.
 
     pip install django httpx requests uvicorn
-    uvicorn app:application
+    uvicorn app:application                  # or both with uv: uv run app.py runserver
     time curl http://127.0.0.1:8000/         # 6 s: four waits of 1.5 s
-    time curl http://127.0.0.1:8000/magic    # 1.5 s: the four at once
+    time curl http://127.0.0.1:8000/magic    # 1.5 s: the four waits at once
 
-No network is needed: a small server in this file stands in for httpbin.org. If you have
-uv, "uv run app.py runserver" installs the packages and starts Django's own server.
+No network is needed: a small server in this file stands in for httpbin.org.
 """
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32", "uvicorn>=0.30"]
+# ///
 
 import asyncio
 import json
@@ -18,6 +22,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
+from urllib.parse import parse_qsl, urlsplit
 
 import httpx
 import requests
@@ -28,14 +33,14 @@ from django.http import JsonResponse
 from django.urls import path
 
 LATENCY = 1.5  # seconds that the stand-in server waits before it answers
-TIMEOUT = 10  # a fetch fails after so many seconds without data
-CERTIFICATES = httpx.create_ssl_context()  # for https; 20 ms, so not for each request
+TIMEOUT = 10  # seconds without data before a fetch fails
+CERTIFICATES = httpx.create_ssl_context()  # for https; made once, as it takes 20 ms
 
 # Both views fetch `urls`, set below. requests can only block; httpx can be awaited.
 
 
 def index(request):
-    """Fetch one after another: takes the four times added up."""
+    """Fetch one after another: takes the sum of the four times."""
     responses = [requests.get(url, timeout=TIMEOUT) for url in urls]
     return answer(responses)
 
@@ -59,47 +64,42 @@ class StandIn(BaseHTTPRequestHandler):
     """Echoes the query as "args", like httpbin.org/get, but LATENCY seconds later."""
 
     def do_GET(self):
-        self.log_request()  # prints the time: for /magic, of four fetches together
-        args = dict(httpx.URL(self.path).params)  # such as {"test": "1"}
+        self.log_request()  # prints the time: 1.5 s apart for /, together for /magic
+        args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # Headers and body in one write: a second would raise, if the client has left.
+        # One write: if the client has left, a second would raise BrokenPipeError.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
 # HTTPServer would ask DNS for its name, which takes half a minute on some networks.
 server = ThreadingTCPServer(("127.0.0.1", 0), StandIn)  # 0: any free port
-server.daemon_threads = True  # else Ctrl-C waits until all threads have answered
-server.socket.listen(1024)  # lets a crowd queue; by default, 5 connections can
+server.daemon_threads = True  # else Ctrl-C waits for threads that still sleep
+server.socket.listen(1024)  # lets a crowd wait in line; the default is 5
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
-os.environ["no_proxy"] = "*"  # bypasses proxies; if other urls need one, delete this
+os.environ["no_proxy"] = "*"  # ignores proxies; if other urls need one, delete this
 
 
 def handler500(request):
-    """Answer 502 if a fetch failed, else 500. Django calls this when a view raises."""
-    error = sys.exc_info()[1]  # the exception that Django is handling
+    """Answer 502 if a fetch failed, else 500. Django calls this if a view raises."""
+    error = sys.exc_info()[1]  # what the view raised; Django is in its except clause
     log = logging.getLogger(__name__)
     fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
     if isinstance(error, fetch_errors):
         log.error("502 for %r: %r", request.path, error)
         return JsonResponse({"error": "Bad Gateway"}, status=502)
-    log.exception("500 for %r", request.path)  # Django prints it only with DEBUG=True
+    log.exception("500 for %r", request.path)  # without DEBUG, Django logs no traceback
     return JsonResponse({"error": "Internal Server Error"}, status=500)
 
 
 settings.configure(  # in place of a settings.py
     ROOT_URLCONF=__name__,  # urlpatterns and handler500 are in this file
     ALLOWED_HOSTS=["*"],  # else runserver does not start
-    SECRET_KEY=os.urandom(32),  # for the error page, if you add DEBUG=True
+    SECRET_KEY=os.urandom(32),  # else DEBUG=True cannot show its error page
 )
 urlpatterns = [path("", index), path("magic", magic)]
 application = get_asgi_application()
-
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32", "uvicorn>=0.30"]
-# ///
-if __name__ == "__main__":
+if __name__ == "__main__":  # runserver is WSGI; the times are the same
     execute_from_command_line()
