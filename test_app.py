@@ -1,21 +1,21 @@
 """Tests of app.py: a real uvicorn serves it meanwhile, in a thread of this process.
 
-Its four urls lead to the upstream below, which sends what upstream.reply returns. So a
-test sets upstream.reply, asks for a path with get(), and looks at the answer.
-"""
+Its four urls lead to the upstream below. A fetch waits there until upstream.barrier has
+as many as it wants (1, or what the test sets), and gets what upstream.reply returns."""
 
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
-import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 from ssl import Purpose, create_default_context
 from subprocess import PIPE, STDOUT, Popen
 from threading import Barrier, Thread
+from time import sleep
 from unittest import TestCase
 from unittest.mock import patch
 
@@ -41,11 +41,17 @@ OK = 200, b'{"result": [{"test": "1"}, {"test": "2"}, {"test": "3"}, {"test": "4
 BAD_GATEWAY = 502, b'{"error": "Bad Gateway"}'
 SERVER_ERROR = 500, b'{"error": "Internal Server Error"}'
 WAIT = 4  # seconds until a test fails; httpx alone waits 5
+HTTP_OK = b"HTTP/1.0 200 OK\r\n\r\n"
+BAD_REPLIES = {
+    "hangs up": b"",
+    "breaks off": b'HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\n{"args": {}}',
+    "is no HTTP": b"220 ftp.example.org\r\n",
+    "is an error": b'HTTP/1.0 404 Not Found\r\n\r\n{"args": {}}',
+    "is no JSON": HTTP_OK + b"<h1>Hello</h1>",
+}
 
 
-class Fetch(BaseHTTPRequestHandler):
-    """One fetch: the upstream lets it pass a barrier, then sends it a reply."""
-
+class Fetch(BaseHTTPRequestHandler):  # one fetch of the app, as the upstream sees it
     def do_GET(self):
         self.barrier = upstream.barrier
         upstream.fetches.append(self.requestline + str(self.headers))
@@ -59,31 +65,24 @@ def echo(fetch):
 
 
 def stall(fetch):
-    """Wait until the app closes the connection, and for the barrier once more."""
+    """Reply nothing: wait until the app closes the connection, then at the barrier."""
     fetch.connection.settimeout(WAIT)
     fetch.rfile.read()
     fetch.barrier.wait(WAIT)
     return b""
 
 
-HTTP_OK = b"HTTP/1.0 200 OK\r\n\r\n"
-TWO_LINES = r"^ERROR:app:502 for '/': .+\nERROR:app:502 for '/magic': .+$"
-BAD_REPLIES = {
-    "hangs up": b"",
-    "breaks off": b'HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\n{"args": {}}',
-    "is no HTTP": b"220 ftp.example.org\r\n",
-    "is an error": b'HTTP/1.0 404 Not Found\r\n\r\n{"args": {}}',
-    "is no JSON": HTTP_OK + b"<h1>Hello</h1>",
-}
 upstream = ThreadingTCPServer(("127.0.0.1", 0), Fetch)
 upstream.daemon_threads = True
 URLS = [f"http://127.0.0.1:{upstream.server_address[1]}/get?test={n}" for n in "1234"]
+STAND_IN_URLS = app.urls
 listener = socket.create_server(("127.0.0.1", 0))
 PORT = listener.getsockname()[1]
 server = uvicorn.Server(uvicorn.Config(app.application, log_config=None))
 
 
 def setUpModule():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # not to be ignored
     patch.object(app, "urls", URLS).start()
     patch.object(app.StandIn, "log_message").start()
     Thread(target=upstream.serve_forever, daemon=True).start()
@@ -115,11 +114,9 @@ class AppTest(TestCase):
         self.assertNotIn("secret", str(upstream.fetches))
 
     def test_magic_has_all_four_fetches_in_flight_and_keeps_their_order(self):
-        def last_first(fetch):
-            time.sleep(0.02 * (4 - int(fetch.path[-1])))
-            return echo(fetch)
-
-        upstream.reply, upstream.barrier = last_first, Barrier(4)
+        """They meet at the barrier; then the last one gets its answer first."""
+        upstream.barrier = Barrier(4)
+        upstream.reply = lambda fetch: sleep(0.1 / int(fetch.path[-1])) or echo(fetch)
         self.assertEqual(get("/magic"), OK)
 
     def test_index_has_one_fetch_in_flight_while_the_server_answers_others(self):
@@ -132,15 +129,16 @@ class AppTest(TestCase):
         self.assertEqual(get("/"), OK)
         self.assertEqual(events, ["1", 404, "2", 404, "3", 404, "4", 404])
 
-    def test_one_failed_fetch_fails_magic_though_the_others_stall(self):
-        upstream.reply = stall
-        urls = patch.object(app, "urls", [*URLS[:3], "http://127.0.0.1:1"])
-        with urls, self.assertLogs("app"):
+    def test_one_failed_fetch_fails_magic_and_closes_the_others(self):
+        upstream.barrier = Barrier(4)
+        upstream.reply = lambda fetch: b"" if fetch.path[-1] == "3" else stall(fetch)
+        with self.assertLogs("app"):
             self.assertEqual(get("/magic"), BAD_GATEWAY)
+        upstream.barrier.wait(WAIT)  # the three others are closed, and this test
 
     def test_a_client_that_leaves_magic_takes_its_fetches_along(self):
         upstream.reply, upstream.barrier = stall, Barrier(5)
-        with self.assertNoLogs():
+        with self.assertNoLogs(level="WARNING"):
             with send("/magic"):
                 upstream.barrier.wait(WAIT)  # the four come, and this test
             upstream.barrier.wait(WAIT)  # the four are closed
@@ -160,11 +158,11 @@ class AppTest(TestCase):
                 self.assertEqual([get("/"), get("/magic")], [BAD_GATEWAY, BAD_GATEWAY])
                 upstream.reply = echo
                 self.assertEqual([get("/"), get("/magic")], [OK, OK])
-            self.assertRegex("\n".join(logs.output), TWO_LINES)
+            self.assertRegex("\n".join(logs.output), "^.+'/': .+\n.+'/magic': .+$")
 
     def test_an_upstream_that_stalls_longer_than_timeout_is_a_502(self):
         upstream.reply = stall
-        with patch.object(app, "TIMEOUT", 0.2), self.assertLogs("app"):
+        with patch.object(app, "TIMEOUT", 0.5), self.assertLogs("app"):
             self.assertEqual([get("/"), get("/magic")], [BAD_GATEWAY, BAD_GATEWAY])
 
     def test_a_certificate_is_a_502_unless_it_is_trusted(self):
@@ -186,10 +184,12 @@ class AppTest(TestCase):
         with override_settings(DEBUG=True), self.assertLogs("django.request"):
             self.assertIn(b"<title>KeyError", get("/magic")[1])
 
-    def test_the_stand_in_echoes_the_query_after_latency_seconds(self):
-        with patch("time.sleep") as sleep:
-            self.assertEqual(get("/get?a=1", app.port), (200, b'{"args": {"a": "1"}}'))
-        sleep.assert_called_once_with(1.5)
+    def test_the_stand_in_echoes_four_queries_at_once_after_latency_seconds(self):
+        four = Barrier(4)
+        patched = patch("time.sleep", side_effect=lambda seconds: four.wait(WAIT))
+        with patched as slept, patch.object(app, "urls", STAND_IN_URLS):
+            self.assertEqual(get("/magic"), OK)
+        slept.assert_called_with(1.5)
 
     def test_the_stand_in_listens_on_127_0_0_1_alone(self):
         self.assertEqual(app.server.server_address[0], "127.0.0.1")
@@ -236,12 +236,13 @@ class AppTest(TestCase):
             child, port = self.start(*command)
             for path in "/", "/magic", "/", "/magic":
                 self.assertEqual(get(path, port), OK)
-            child.terminate()
+            child.send_signal(signal.SIGINT)
+            child.wait(WAIT)  # raises an error unless Ctrl-C ends it
             self.assertEqual(child.stdout.read().count(b"GET /get?test="), 16)
 
     def test_the_code_in_readme_does_what_readme_says(self):
         source = re.sub("(?m)^urls = .*", f"urls = {URLS}", SOURCE)
-        source = source.replace("# /// script", PASTED + "# /// script")
+        source = source.replace("if __name__", PASTED + "if __name__")
         source = source.replace("    ROOT_URLCONF", SETTINGS + "    ROOT_URLCONF")
         upstream.barrier = Barrier(4)
         _, port = self.start("-c", MIGRATE_AND_SERVE, source=source)
