@@ -1,9 +1,9 @@
 """Two Django views fetch the same four URLs: / one after another, /magic all at once.
 
     pip install django httpx requests uvicorn
-    uvicorn app:application                  # or both with uv: uv run app.py runserver
-    time curl http://127.0.0.1:8000/         # 6 s: four waits of 1.5 s
-    time curl http://127.0.0.1:8000/magic    # 1.5 s: the four waits at once
+    uvicorn app:application                # or, for both lines: uv run app.py runserver
+    time curl http://127.0.0.1:8000/       # 6 s: four waits of 1.5 s
+    time curl http://127.0.0.1:8000/magic  # 1.5 s: the four waits at once
 
 No network is needed: a small server in this file stands in for httpbin.org.
 """
@@ -34,9 +34,9 @@ from django.urls import path
 
 LATENCY = 1.5  # seconds that the stand-in server waits before it answers
 TIMEOUT = 10  # seconds without data before a fetch fails
-CERTIFICATES = httpx.create_ssl_context()  # for https; made once, as it takes 20 ms
+CERTIFICATES = httpx.create_ssl_context()  # httpx loads them even for http: 20 ms
 
-# Both views fetch `urls`, set below. requests can only block; httpx can be awaited.
+# `urls` are four URLs, set below. requests only blocks; httpx has an async client.
 
 
 def index(request):
@@ -64,42 +64,42 @@ class StandIn(BaseHTTPRequestHandler):
     """Echoes the query as "args", like httpbin.org/get, but LATENCY seconds later."""
 
     def do_GET(self):
-        self.log_request()  # prints the time: 1.5 s apart for /, together for /magic
+        self.log_request()  # prints the time: one by one for /, together for /magic
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # One write: if the client has left, a second would raise BrokenPipeError.
+        # One write: after the client has left, the first is lost, but a second raises.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
-# HTTPServer would ask DNS for its name, which takes half a minute on some networks.
+# HTTPServer would look up its name in DNS: half a minute on some networks.
 server = ThreadingTCPServer(("127.0.0.1", 0), StandIn)  # 0: any free port
 server.daemon_threads = True  # else Ctrl-C waits for threads that still sleep
-server.socket.listen(1024)  # lets a crowd wait in line; the default is 5
+server.socket.listen(1024)  # so many may wait; the default, 5, is too few for a crowd
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
-os.environ["no_proxy"] = "*"  # ignores proxies; if other urls need one, delete this
+os.environ["no_proxy"] = "*"  # bypasses proxies; delete this if your own urls need one
 
 
 def handler500(request):
     """Answer 502 if a fetch failed, else 500. Django calls this if a view raises."""
-    error = sys.exc_info()[1]  # what the view raised; Django is in its except clause
+    error = sys.exc_info()[1]  # the exception that Django is handling, sync or async
     log = logging.getLogger(__name__)
     fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
     if isinstance(error, fetch_errors):
         log.error("502 for %r: %r", request.path, error)
         return JsonResponse({"error": "Bad Gateway"}, status=502)
-    log.exception("500 for %r", request.path)  # without DEBUG, Django logs no traceback
+    log.exception("500 for %r", request.path)  # else no traceback is printed
     return JsonResponse({"error": "Internal Server Error"}, status=500)
 
 
 settings.configure(  # in place of a settings.py
     ROOT_URLCONF=__name__,  # urlpatterns and handler500 are in this file
     ALLOWED_HOSTS=["*"],  # else runserver does not start
-    SECRET_KEY=os.urandom(32),  # else DEBUG=True cannot show its error page
+    SECRET_KEY=os.urandom(32),  # the debug page needs it, if you add DEBUG=True
 )
 urlpatterns = [path("", index), path("magic", magic)]
 application = get_asgi_application()
-if __name__ == "__main__":  # runserver is WSGI; the times are the same
+if __name__ == "__main__":  # runserver: WSGI, a loop for each magic, same times
     execute_from_command_line()
