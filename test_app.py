@@ -1,7 +1,7 @@
 """Tests of app.py: a real uvicorn serves it meanwhile, in a thread of this process.
 
-Its four urls lead to the upstream below. A fetch waits there until upstream.barrier has
-as many as it wants (1, or what the test sets), and gets what upstream.reply returns."""
+The app's urls lead to the upstream below. A fetch waits there until as many have come
+as upstream.barrier wants (1, unless a test says), then gets upstream.reply(fetch)."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from subprocess import PIPE, STDOUT, Popen
 from threading import Barrier, Thread
 from time import sleep
 from unittest import TestCase
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import requests
 import uvicorn
@@ -40,7 +40,7 @@ DEAD_PROXIES = {"http_proxy": "http://127.0.0.1:1", "ALL_PROXY": "socks://127.0.
 OK = 200, b'{"result": [{"test": "1"}, {"test": "2"}, {"test": "3"}, {"test": "4"}]}'
 BAD_GATEWAY = 502, b'{"error": "Bad Gateway"}'
 SERVER_ERROR = 500, b'{"error": "Internal Server Error"}'
-WAIT = 4  # seconds until a test fails; httpx alone waits 5
+WAIT = 4  # seconds; httpx waits 5 by default, so a forgotten TIMEOUT fails
 HTTP_OK = b"HTTP/1.0 200 OK\r\n\r\n"
 BAD_REPLIES = {
     "hangs up": b"",
@@ -53,7 +53,7 @@ BAD_REPLIES = {
 
 class Fetch(BaseHTTPRequestHandler):  # one fetch of the app, as the upstream sees it
     def do_GET(self):
-        self.barrier = upstream.barrier
+        self.barrier = upstream.barrier  # of this test, though the next may begin
         upstream.fetches.append(self.requestline + str(self.headers))
         self.barrier.wait(WAIT)
         self.wfile.write(upstream.reply(self))
@@ -65,7 +65,7 @@ def echo(fetch):
 
 
 def stall(fetch):
-    """Reply nothing: wait until the app closes the connection, then at the barrier."""
+    """Send nothing until the app closes the connection, then meet at the barrier."""
     fetch.connection.settimeout(WAIT)
     fetch.rfile.read()
     fetch.barrier.wait(WAIT)
@@ -154,7 +154,7 @@ class AppTest(TestCase):
     def test_a_bad_reply_is_a_502_and_one_line_in_the_terminal(self):
         for name, bad_reply in BAD_REPLIES.items():
             with self.subTest(name), self.assertLogs("app", "ERROR") as logs:
-                upstream.reply = lambda fetch, bad_reply=bad_reply: bad_reply
+                upstream.reply = Mock(return_value=bad_reply)
                 self.assertEqual([get("/"), get("/magic")], [BAD_GATEWAY, BAD_GATEWAY])
                 upstream.reply = echo
                 self.assertEqual([get("/"), get("/magic")], [OK, OK])
@@ -165,7 +165,7 @@ class AppTest(TestCase):
         with patch.object(app, "TIMEOUT", 0.5), self.assertLogs("app"):
             self.assertEqual([get("/"), get("/magic")], [BAD_GATEWAY, BAD_GATEWAY])
 
-    def test_a_certificate_is_a_502_unless_it_is_trusted(self):
+    def test_an_untrusted_certificate_is_a_502(self):
         context = create_default_context(Purpose.CLIENT_AUTH)
         context.load_cert_chain(PEM)
         tls = context.wrap_socket(upstream.socket.dup(), server_side=True)
@@ -231,7 +231,7 @@ class AppTest(TestCase):
         return self.fail(line)  # the last line says why it ended
 
     def test_uvicorn_and_runserver_serve_both_views_and_print_their_fetches(self):
-        """Each twice: under runserver, no client may outlive a request's event loop."""
+        """Each twice: under runserver, a client kept from the first would fail."""
         for command in UVICORN, RUNSERVER:
             child, port = self.start(*command)
             for path in "/", "/magic", "/", "/magic":
@@ -250,7 +250,7 @@ class AppTest(TestCase):
         self.assertEqual(get("/site", port), (200, b'{"name": "example.com"}'))
 
     def test_readme_shows_the_two_views_as_they_are(self):
-        self.assertIn(VIEWS, SOURCE)
+        self.assertTrue(VIEWS in SOURCE, "copy them again")
 
     def test_three_places_name_the_same_four_packages(self):
         required = (HERE / "requirements.txt").read_text()
