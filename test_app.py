@@ -26,8 +26,7 @@ from django.test import override_settings
 import app
 
 HERE = Path(__file__).parent
-SOURCE = (HERE / "app.py").read_text(encoding="utf-8")
-README = (HERE / "README.md").read_text(encoding="utf-8")
+SOURCE, README = [(HERE / f).read_text("utf-8") for f in ("app.py", "README.md")]
 VIEWS, PASTED = re.findall("(?s)```python\n(.*?)```", README)
 SETTINGS = re.search("(?s)```text\n(    INSTALLED_APPS.*?)```", README)[1]
 PEM = str(HERE / ".ci" / "127.0.0.1.pem")  # a self-signed certificate and its key
@@ -162,6 +161,7 @@ class AppTest(TestCase):
 
     def test_an_upstream_that_stalls_longer_than_timeout_is_a_502(self):
         upstream.reply = stall
+        self.assertEqual(app.TIMEOUT, 10)
         with patch.object(app, "TIMEOUT", 0.5), self.assertLogs("app"):
             self.assertEqual([get("/"), get("/magic")], [BAD_GATEWAY, BAD_GATEWAY])
 
@@ -254,7 +254,7 @@ class AppTest(TestCase):
 
     def test_three_places_name_the_same_four_packages(self):
         required = (HERE / "requirements.txt").read_text()
-        block = re.search("# dependencies = (.*)", SOURCE)[1]
-        self.assertEqual(re.findall('"(.*?)"', block), required.split())
+        block = re.search("requires-python.*\n# dependencies = (.*)\n# ///\n", SOURCE)
+        self.assertEqual(block[1].replace('"', "'"), str(required.split()))
         names = " ".join(re.findall("(?m)^[a-z]+", required))
-        self.assertIn(f"    pip install {names}\n", app.__doc__)
+        self.assertIn(f"pip install {names}\n    uvicorn app:application ", app.__doc__)
