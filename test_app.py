@@ -1,4 +1,4 @@
-"""Tests of app.py: a real uvicorn serves it meanwhile, in a thread of this process.
+"""Tests of app.py: a real uvicorn serves it, in a thread of this process.
 
 The app's urls lead to the upstream below. A fetch waits there until as many have come
 as upstream.barrier wants (1, unless a test says), then gets upstream.reply(fetch)."""
@@ -81,7 +81,7 @@ server = uvicorn.Server(uvicorn.Config(app.application, log_config=None))
 
 
 def setUpModule():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # not to be ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # even if ignored at start
     patch.object(app, "urls", URLS).start()
     patch.object(app.StandIn, "log_message").start()
     Thread(target=upstream.serve_forever, daemon=True).start()
@@ -95,7 +95,7 @@ def get(path, port=PORT, **options):
 
 
 def send(path, port=PORT):
-    """Send a GET; return the connection. A client that leaves closes it."""
+    """Send a GET; return the connection. To leave is to close it."""
     client = socket.create_connection(("127.0.0.1", port))
     client.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
     return client
@@ -209,9 +209,9 @@ class AppTest(TestCase):
             self.addCleanup(socket.create_connection(("127.0.0.1", app.port), 1).close)
 
     def test_the_stand_in_prints_no_traceback_when_its_client_has_left(self):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            client = send("/get", listener.getsockname()[1])
-            connection, address = listener.accept()
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            client = send("/get", other.getsockname()[1])
+            connection, address = other.accept()
         with connection, patch("time.sleep", lambda seconds: client.close()):
             app.StandIn(connection, address, app.server)  # raises no BrokenPipeError
 
