@@ -1,7 +1,7 @@
 """Two Django views fetch the same four URLs: / one after another, /magic all at once.
 
     pip install django httpx requests uvicorn
-    uvicorn app:application                # or, for pip too: uv run app.py runserver
+    uvicorn app:application                # or, without pip: uv run app.py runserver
     time curl http://127.0.0.1:8000/       # 6 s: four waits of 1.5 s
     time curl http://127.0.0.1:8000/magic  # 1.5 s: the four waits at once
 
@@ -34,7 +34,7 @@ from django.urls import path
 
 LATENCY = 1.5  # seconds that the stand-in server waits before it answers
 TIMEOUT = 10  # seconds without data before a fetch fails
-CERTIFICATES = httpx.create_ssl_context()  # else each client loads them, in 20 ms
+CERTIFICATES = httpx.create_ssl_context()  # else each client loads them, even for http
 
 # `urls` are four URLs, set below. requests only blocks; httpx has an async client.
 
@@ -68,14 +68,14 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # One write: if the client has left, it is lost silently; a second would raise.
+        # If the client has left, one write is lost silently; a second would raise.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
 # HTTPServer would look up its host in DNS: half a minute on some networks.
 server = ThreadingTCPServer(("127.0.0.1", 0), StandIn)  # 0: any free port
 server.daemon_threads = True  # else Ctrl-C waits for threads that still sleep
-server.socket.listen(1024)  # raises the queue; the default, 5, fails a crowd
+server.socket.listen(1024)  # else only 5 can wait to connect: a crowd sees 502
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
@@ -83,7 +83,7 @@ os.environ["no_proxy"] = "*"  # bypasses proxies; delete this if your own urls n
 
 
 def handler500(request):
-    """Answer 502 if a fetch failed, else 500. Django calls this if a view breaks."""
+    """Django calls this on errors: 502 if a fetch failed or sent no JSON, else 500."""
     error = sys.exc_info()[1]  # the exception that Django is handling, sync or async
     log = logging.getLogger(__name__)
     fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
@@ -101,5 +101,5 @@ settings.configure(  # in place of a settings.py
 )
 urlpatterns = [path("", index), path("magic", magic)]
 application = get_asgi_application()
-if __name__ == "__main__":  # runserver: WSGI, an event loop for each /magic
+if __name__ == "__main__":  # runserver uses WSGI: a new event loop for each /magic
     execute_from_command_line()
