@@ -52,7 +52,7 @@ BAD_REPLIES = {
 
 class Fetch(BaseHTTPRequestHandler):  # one fetch of the app, as the upstream sees it
     def do_GET(self):
-        self.barrier = upstream.barrier  # of this test, though the next may begin
+        self.barrier = upstream.barrier  # kept for stall: the next test sets another
         upstream.fetches.append(self.requestline + str(self.headers))
         self.barrier.wait(WAIT)
         self.wfile.write(upstream.reply(self))
@@ -74,7 +74,7 @@ def stall(fetch):
 upstream = ThreadingTCPServer(("127.0.0.1", 0), Fetch)
 upstream.daemon_threads = True
 URLS = [f"http://127.0.0.1:{upstream.server_address[1]}/get?test={n}" for n in "1234"]
-STAND_IN_URLS = app.urls
+STAND_IN_URLS = app.urls  # to the server that app.py itself starts
 listener = socket.create_server(("127.0.0.1", 0))
 PORT = listener.getsockname()[1]
 server = uvicorn.Server(uvicorn.Config(app.application, log_config=None))
@@ -133,7 +133,7 @@ class AppTest(TestCase):
         upstream.reply = lambda fetch: b"" if fetch.path[-1] == "3" else stall(fetch)
         with self.assertLogs("app"):
             self.assertEqual(get("/magic"), BAD_GATEWAY)
-        upstream.barrier.wait(WAIT)  # the three others are closed, and this test
+        upstream.barrier.wait(WAIT)  # four again: those closed, and this test
 
     def test_a_client_that_leaves_magic_takes_its_fetches_along(self):
         upstream.reply, upstream.barrier = stall, Barrier(5)
@@ -146,7 +146,7 @@ class AppTest(TestCase):
         upstream.barrier = Barrier(2)  # one fetch and this test
         with send("/"):
             upstream.barrier.wait(WAIT)
-        get("/nowhere")  # once this is answered, the server has noticed, too
+        get("/nowhere")  # this answer comes after the server saw the client leave
         for _ in range(3):
             upstream.barrier.wait(WAIT)  # raises an error unless the next fetch comes
 
@@ -216,7 +216,7 @@ class AppTest(TestCase):
             app.StandIn(connection, address, app.server)  # raises no BrokenPipeError
 
     def start(self, *command, source=QUICK):
-        """Start python beside an app.py; return its process, and the port it serves."""
+        """Start python beside an app.py, behind dead proxies; return it and its port."""
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         Path(folder.name, "app.py").write_text(source)
