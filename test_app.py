@@ -216,7 +216,7 @@ class AppTest(TestCase):
             app.StandIn(connection, address, app.server)  # raises no BrokenPipeError
 
     def start(self, *command, source=QUICK):
-        """Start python beside an app.py, behind dead proxies; return it and its port."""
+        """Start python beside an app.py, with dead proxies; return it and its port."""
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         Path(folder.name, "app.py").write_text(source)
@@ -231,7 +231,7 @@ class AppTest(TestCase):
         return self.fail(line)  # the last line says why it ended
 
     def test_uvicorn_and_runserver_serve_both_views_and_print_their_fetches(self):
-        """Each twice: under runserver, a client kept from the first would fail."""
+        """Each twice: under runserver, an httpx client that is kept would fail."""
         for command in UVICORN, RUNSERVER:
             child, port = self.start(*command)
             for path in "/", "/magic", "/", "/magic":
