@@ -12,7 +12,6 @@ No network is needed: a small server in this file stands in for httpbin.org.
 # requires-python = ">=3.10"
 # dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32", "uvicorn>=0.30"]
 # ///
-
 import asyncio
 import json
 import logging
@@ -34,7 +33,8 @@ from django.urls import path
 
 LATENCY = 1.5  # seconds that the stand-in server waits before it answers
 TIMEOUT = 10  # seconds without data before a fetch fails
-CERTIFICATES = httpx.create_ssl_context()  # else each client spends 20 ms, even on http
+# Loaded once, in 20 ms; otherwise each client would load them, even for http.
+CERTIFICATES = httpx.create_ssl_context()
 
 # `urls` are four URLs, set below. requests only blocks; httpx has an async client.
 
@@ -68,23 +68,23 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # Headers and body in one write: if the client has left, a second would raise.
+        # Headers and body in one write: if the client has left, a second write raises.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
 # HTTPServer would look up its host in DNS: half a minute on some networks.
 server = ThreadingTCPServer(("127.0.0.1", 0), StandIn)  # 0: any free port
 server.daemon_threads = True  # else Ctrl-C waits for threads that still sleep
-server.socket.listen(1024)  # a longer queue; with the default, 5, a crowd sees 502
+server.socket.listen(1024)  # a longer queue: with 5, the default, a crowd times out
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
-os.environ["no_proxy"] = "*"  # bypasses proxies; delete this if your own urls need one
+os.environ["no_proxy"] = "*"  # both libraries skip proxies; delete this if you need one
 
 
 def handler500(request):
     """Django calls this on errors: 502 if a fetch failed or sent no JSON, else 500."""
-    error = sys.exc_info()[1]  # the exception that Django is handling, sync or async
+    error = sys.exc_info()[1]  # Django calls this in its except block, for async, too
     log = logging.getLogger(__name__)
     fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
     if isinstance(error, fetch_errors):
