@@ -9,7 +9,7 @@ No network is needed: a small server in this file stands in for httpbin.org.
 """
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10"  # `uv run` reads this block
 # dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32", "uvicorn>=0.30"]
 # ///
 import asyncio
@@ -33,7 +33,7 @@ from django.urls import path
 
 LATENCY = 1.5  # seconds that the stand-in server waits before it answers
 TIMEOUT = 10  # seconds without data before a fetch fails
-# Loaded once, in 20 ms; otherwise each client would load them, even for http.
+# Each client would load TLS certificates, even for http: 20 ms for each /magic.
 CERTIFICATES = httpx.create_ssl_context()
 
 # `urls` are four URLs, set below. requests only blocks; httpx has an async client.
@@ -64,7 +64,7 @@ class StandIn(BaseHTTPRequestHandler):
     """Echoes the query as "args", like httpbin.org/get, but LATENCY seconds later."""
 
     def do_GET(self):
-        self.log_request()  # prints the time: one by one for /, together for /magic
+        self.log_request()  # prints a line: 1.5 s apart for /, together for /magic
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
@@ -75,22 +75,22 @@ class StandIn(BaseHTTPRequestHandler):
 # HTTPServer would look up its host in DNS: half a minute on some networks.
 server = ThreadingTCPServer(("127.0.0.1", 0), StandIn)  # 0: any free port
 server.daemon_threads = True  # else Ctrl-C waits for threads that still sleep
-server.socket.listen(1024)  # a longer queue: with 5, the default, a crowd times out
+server.socket.listen(1024)  # many fetches at once overflow the default queue of 5
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
-os.environ["no_proxy"] = "*"  # both libraries skip proxies; delete this if you need one
+os.environ["no_proxy"] = "*"  # httpx and requests use no proxy; delete this to use one
 
 
 def handler500(request):
     """Django calls this on errors: 502 if a fetch failed or sent no JSON, else 500."""
-    error = sys.exc_info()[1]  # Django calls this in its except block, for async, too
+    error = sys.exc_info()[1]  # what Django is handling now, for async views, too
     log = logging.getLogger(__name__)
     fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
     if isinstance(error, fetch_errors):
         log.error("502 for %r: %r", request.path, error)
         return JsonResponse({"error": "Bad Gateway"}, status=502)
-    log.exception("500 for %r", request.path)  # else no traceback is printed
+    log.exception("500 for %r", request.path)  # Django prints none without DEBUG
     return JsonResponse({"error": "Internal Server Error"}, status=500)
 
 
