@@ -33,10 +33,9 @@ from django.urls import path
 
 LATENCY = 1.5  # seconds that the stand-in server waits before it answers
 TIMEOUT = 10  # seconds without data before a fetch fails
-# Each client would load TLS certificates, even for http: 20 ms for each /magic.
+# Loaded once; else each AsyncClient loads TLS certificates (20 ms), even for http.
 CERTIFICATES = httpx.create_ssl_context()
-
-# `urls` are four URLs, set below. requests only blocks; httpx has an async client.
+# `urls` are four URLs, set below. requests has no async client; httpx has one.
 
 
 def index(request):
@@ -68,7 +67,7 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # Headers and body in one write: if the client has left, a second write raises.
+        # If the client has left, the first write is lost, a second raises: so just one.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
@@ -79,18 +78,19 @@ server.socket.listen(1024)  # many fetches at once overflow the default queue of
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
-os.environ["no_proxy"] = "*"  # httpx and requests use no proxy; delete this to use one
+# A proxy could not reach 127.0.0.1. Delete this if your own urls need a proxy.
+os.environ["no_proxy"] = "*"  # read by httpx and requests
 
 
 def handler500(request):
     """Django calls this on errors: 502 if a fetch failed or sent no JSON, else 500."""
-    error = sys.exc_info()[1]  # what Django is handling now, for async views, too
+    error = sys.exc_info()[1]  # Django passes none, but calls this in an except block
     log = logging.getLogger(__name__)
     fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
     if isinstance(error, fetch_errors):
         log.error("502 for %r: %r", request.path, error)
         return JsonResponse({"error": "Bad Gateway"}, status=502)
-    log.exception("500 for %r", request.path)  # Django prints none without DEBUG
+    log.exception("500 for %r", request.path)  # Django shows no traceback without DEBUG
     return JsonResponse({"error": "Internal Server Error"}, status=500)
 
 
