@@ -35,6 +35,7 @@ LATENCY = 1.5  # seconds that the stand-in server waits before it answers
 TIMEOUT = 10  # seconds without data before a fetch fails
 # Loaded once; else each AsyncClient loads TLS certificates (20 ms), even for http.
 CERTIFICATES = httpx.create_ssl_context()
+
 # `urls` are four URLs, set below. requests has no async client; httpx has one.
 
 
@@ -67,7 +68,7 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # If the client has left, the first write is lost, a second raises: so just one.
+        # send_response() needs two writes; if the client has left, the second raises.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
@@ -78,13 +79,12 @@ server.socket.listen(1024)  # many fetches at once overflow the default queue of
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
-# A proxy could not reach 127.0.0.1. Delete this if your own urls need a proxy.
-os.environ["no_proxy"] = "*"  # read by httpx and requests
+os.environ["no_proxy"] = "*"  # no proxy can reach 127.0.0.1; delete this to use one
 
 
 def handler500(request):
     """Django calls this on errors: 502 if a fetch failed or sent no JSON, else 500."""
-    error = sys.exc_info()[1]  # Django passes none, but calls this in an except block
+    error = sys.exc_info()[1]  # not passed in; Django calls this in an except block
     log = logging.getLogger(__name__)
     fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
     if isinstance(error, fetch_errors):
