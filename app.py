@@ -68,7 +68,7 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # send_response() needs two writes; if the client has left, the second raises.
+        # One write, not send_response()'s two: if the client has left, a second raises.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
@@ -79,7 +79,7 @@ server.socket.listen(1024)  # many fetches at once overflow the default queue of
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
-os.environ["no_proxy"] = "*"  # no proxy can reach 127.0.0.1; delete this to use one
+os.environ["no_proxy"] = "*"  # bypasses proxies; delete this if your own urls need one
 
 
 def handler500(request):
