@@ -83,7 +83,6 @@ server = uvicorn.Server(uvicorn.Config(app.application, log_config=None))
 def setUpModule():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # even if ignored at start
     patch.object(app, "urls", URLS).start()
-    patch.object(app.StandIn, "log_message").start()
     Thread(target=upstream.serve_forever, daemon=True).start()
     Thread(target=server.run, args=[[listener]], daemon=True).start()
 
@@ -104,6 +103,7 @@ def send(path, port=PORT):
 class AppTest(TestCase):
     def setUp(self):
         upstream.reply, upstream.barrier, upstream.fetches = echo, Barrier(1), []
+        app.StandIn.log_message = Mock()
 
     def test_nothing_of_the_request_reaches_the_upstream(self):
         headers = {"Cookie": "secret", "Authorization": "secret", "X-Any": "secret"}
@@ -185,7 +185,7 @@ class AppTest(TestCase):
             self.assertIn(b"<title>KeyError", get("/magic")[1])
 
     def test_the_stand_in_echoes_four_queries_at_once_after_latency_seconds(self):
-        four = Barrier(4)
+        four = Barrier(4, app.StandIn.log_message.assert_called)  # they print first
         patched = patch("time.sleep", side_effect=lambda seconds: four.wait(WAIT))
         with patched as slept, patch.object(app, "urls", STAND_IN_URLS):
             self.assertEqual(get("/magic"), OK)
