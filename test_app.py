@@ -29,12 +29,14 @@ HERE = Path(__file__).parent
 SOURCE, README = [(HERE / f).read_text("utf-8") for f in ("app.py", "README.md")]
 VIEWS, PASTED = re.findall("(?s)```python\n(.*?)```", README)
 SETTINGS = re.search("(?s)```text\n(    INSTALLED_APPS.*?)```", README)[1]
+LOGGING = "    LOGGING={'version': 1},\n"  # disables each logger that is older
 PEM = str(HERE / ".ci" / "127.0.0.1.pem")  # a self-signed certificate and its key
 QUICK = SOURCE.replace("LATENCY = 1.5", "LATENCY = 0")
 UVICORN = "-m", "uvicorn", "app:application", "--port", "0"  # 0: any free port
 RUNSERVER = "app.py", "runserver", "--noreload", "0"
-MIGRATE_AND_SERVE = """from app import *; import uvicorn
-execute_from_command_line(["app.py", "migrate"]); uvicorn.run(application, port=0)"""
+MIGRATE_AND_SERVE = """from app import *; execute_from_command_line(["", "migrate"])
+import uvicorn; logging.basicConfig(level="INFO")
+uvicorn.run(application, port=0, log_config=None)"""
 DEAD_PROXIES = {"http_proxy": "http://127.0.0.1:1", "ALL_PROXY": "socks://127.0.0.1:1"}
 OK = 200, b'{"result": [{"test": "1"}, {"test": "2"}, {"test": "3"}, {"test": "4"}]}'
 BAD_GATEWAY = 502, b'{"error": "Bad Gateway"}'
@@ -58,8 +60,7 @@ class Fetch(BaseHTTPRequestHandler):  # one fetch of the app, as the upstream se
         self.wfile.write(upstream.reply(self))
 
 
-def echo(fetch):
-    """Reply as httpbin's /get does."""
+def echo(fetch):  # replies as httpbin's /get does
     return HTTP_OK + b'{"args": {"test": "%c"}}' % ord(fetch.path[-1])
 
 
@@ -72,7 +73,6 @@ def stall(fetch):
 
 
 upstream = ThreadingTCPServer(("127.0.0.1", 0), Fetch)
-upstream.daemon_threads = True
 URLS = [f"http://127.0.0.1:{upstream.server_address[1]}/get?test={n}" for n in "1234"]
 STAND_IN_URLS = app.urls  # to the server that app.py itself starts
 listener = socket.create_server(("127.0.0.1", 0))
@@ -88,13 +88,11 @@ def setUpModule():
 
 
 def get(path, port=PORT, **options):
-    """Return the status and the body of the answer."""
     answer = requests.get(f"http://127.0.0.1:{port}{path}", timeout=WAIT, **options)
     return answer.status_code, answer.content
 
 
-def send(path, port=PORT):
-    """Send a GET; return the connection. To leave is to close it."""
+def send(path, port=PORT):  # returns the connection; to leave is to close it
     client = socket.create_connection(("127.0.0.1", port))
     client.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
     return client
@@ -113,8 +111,7 @@ class AppTest(TestCase):
         self.assertNotIn("secret", str(upstream.fetches))
 
     def test_magic_has_all_four_fetches_in_flight_and_keeps_their_order(self):
-        """They meet at the barrier; then the last one gets its answer first."""
-        upstream.barrier = Barrier(4)
+        upstream.barrier = Barrier(4)  # all meet there; then the last is answered first
         upstream.reply = lambda fetch: sleep(0.1 / int(fetch.path[-1])) or echo(fetch)
         self.assertEqual(get("/magic"), OK)
 
@@ -198,8 +195,7 @@ class AppTest(TestCase):
         self.assertTrue(app.server.daemon_threads)
 
     def test_the_stand_in_starts_without_dns(self):
-        """HTTPServer asks for the name of 127.0.0.1: half a minute on some networks."""
-        with patch("socket.getfqdn", side_effect=OSError):
+        with patch("socket.getfqdn", side_effect=OSError):  # HTTPServer would call it
             type(app.server)(("127.0.0.1", 0), app.StandIn).server_close()
 
     def test_the_stand_in_lets_100_connections_wait(self):
@@ -243,11 +239,15 @@ class AppTest(TestCase):
     def test_the_code_in_readme_does_what_readme_says(self):
         source = re.sub("(?m)^urls = .*", f"urls = {URLS}", SOURCE)
         source = source.replace("if __name__", PASTED + "if __name__")
-        source = source.replace("    ROOT_URLCONF", SETTINGS + "    ROOT_URLCONF")
+        source = source.replace("    ROOT", SETTINGS + LOGGING + "    ROOT")
         upstream.barrier = Barrier(4)
-        _, port = self.start("-c", MIGRATE_AND_SERVE, source=source)
+        child, port = self.start("-c", MIGRATE_AND_SERVE, source=source)
         self.assertEqual(get("/threads", port), OK)
         self.assertEqual(get("/site", port), (200, b'{"name": "example.com"}'))
+        upstream.reply = Mock(return_value=b"")
+        self.assertEqual(get("/magic", port), BAD_GATEWAY)
+        child.kill()
+        self.assertIn(b"502 for '/magic': RemoteProtocolError(", child.stdout.read())
 
     def test_readme_shows_the_two_views_as_they_are(self):
         self.assertTrue(VIEWS in SOURCE, "copy them again")
