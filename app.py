@@ -68,14 +68,14 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # One write, not send_response()'s two: if the client has left, a second raises.
+        # Headers and body in one write: a second one raises if the client has left.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
 # HTTPServer would look up its host in DNS: half a minute on some networks.
 server = ThreadingTCPServer(("127.0.0.1", 0), StandIn)  # 0: any free port
 server.daemon_threads = True  # else Ctrl-C waits for threads that still sleep
-server.socket.listen(1024)  # many fetches at once overflow the default queue of 5
+server.socket.listen(1024)  # replaces the queue of 5, which many fetches overflow
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
@@ -83,8 +83,8 @@ os.environ["no_proxy"] = "*"  # bypasses proxies; delete this if your own urls n
 
 
 def handler500(request):
-    """Django calls this on errors: 502 if a fetch failed or sent no JSON, else 500."""
-    error = sys.exc_info()[1]  # not passed in; Django calls this in an except block
+    """Called in an except block of Django's: 502 if a fetch failed, else 500."""
+    error = sys.exc_info()[1]  # the view's error: Django passes only the request
     log = logging.getLogger(__name__)
     fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
     if isinstance(error, fetch_errors):
@@ -101,5 +101,5 @@ settings.configure(  # in place of a settings.py
 )
 urlpatterns = [path("", index), path("magic", magic)]
 application = get_asgi_application()
-if __name__ == "__main__":  # else `uv run app.py runserver` does nothing
+if __name__ == "__main__":  # without it, `uv run app.py runserver` does nothing
     execute_from_command_line()
