@@ -47,7 +47,7 @@ BAD_REPLIES = {
     "hangs up": b"",
     "breaks off": b'HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\n{"args": {}}',
     "is no HTTP": b"220 ftp.example.org\r\n",
-    "is an error": b'HTTP/1.0 404 Not Found\r\n\r\n{"args": {}}',
+    "is a 404": b'HTTP/1.0 404 Not Found\r\n\r\n{"args": {}}',
     "is no JSON": HTTP_OK + b"<h1>Hello</h1>",
 }
 
