@@ -68,7 +68,7 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # Headers and body in one write: a second one raises if the client has left.
+        # One write. It shows TCP that a client has left; a second write would raise.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
@@ -79,12 +79,12 @@ server.socket.listen(1024)  # replaces the queue of 5, which many fetches overfl
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
-os.environ["no_proxy"] = "*"  # bypasses proxies; delete this if your own urls need one
+os.environ["no_proxy"] = "*"  # else HTTP_PROXY applies; delete if your urls need it
 
 
 def handler500(request):
-    """Called in an except block of Django's: 502 if a fetch failed, else 500."""
-    error = sys.exc_info()[1]  # the view's error: Django passes only the request
+    """Django calls this when any view raises: 502 if a fetch failed, else 500."""
+    error = sys.exc_info()[1]  # Django passes no error, but keeps it here, async or not
     log = logging.getLogger(__name__)
     fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
     if isinstance(error, fetch_errors):
@@ -101,5 +101,5 @@ settings.configure(  # in place of a settings.py
 )
 urlpatterns = [path("", index), path("magic", magic)]
 application = get_asgi_application()
-if __name__ == "__main__":  # without it, `uv run app.py runserver` does nothing
+if __name__ == "__main__":  # `uv run app.py runserver` needs this
     execute_from_command_line()
