@@ -68,23 +68,23 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # One write. It shows TCP that a client has left; a second write would raise.
+        # Headers and body in one write, as two may raise if the client has left.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
 # HTTPServer would look up its host in DNS: half a minute on some networks.
 server = ThreadingTCPServer(("127.0.0.1", 0), StandIn)  # 0: any free port
 server.daemon_threads = True  # else Ctrl-C waits for threads that still sleep
-server.socket.listen(1024)  # replaces the queue of 5, which many fetches overflow
+server.socket.listen(1024)  # else many fetches at once fail: its queue holds only 5
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
-os.environ["no_proxy"] = "*"  # else HTTP_PROXY applies; delete if your urls need it
+os.environ["no_proxy"] = "*"  # else HTTP_PROXY applies; delete if urls need a proxy
 
 
 def handler500(request):
-    """Django calls this when any view raises: 502 if a fetch failed, else 500."""
-    error = sys.exc_info()[1]  # Django passes no error, but keeps it here, async or not
+    """Django calls this for an uncaught exception: 502 if a fetch failed, else 500."""
+    error = sys.exc_info()[1]  # set by Django's except block, also for async views
     log = logging.getLogger(__name__)
     fetch_errors = requests.RequestException, httpx.HTTPError, json.JSONDecodeError
     if isinstance(error, fetch_errors):
