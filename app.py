@@ -68,7 +68,7 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # One write for headers and body: two may raise if the client has left.
+        # One write for headers and body: a second may raise if the client has left.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
@@ -79,7 +79,7 @@ server.socket.listen(1024)  # else many fetches at once fail: its queue holds on
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
-os.environ["no_proxy"] = "*"  # else HTTP_PROXY applies; remove this if you need it
+os.environ["no_proxy"] = "*"  # else HTTP_PROXY applies; to use a proxy, remove this
 
 
 def handler500(request):
