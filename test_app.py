@@ -153,7 +153,7 @@ class AppTest(TestCase):
                 self.assertEqual([get("/"), get("/magic")], [BAD_GATEWAY, BAD_GATEWAY])
                 upstream.reply = echo
                 self.assertEqual([get("/"), get("/magic")], [OK, OK])
-            self.assertRegex("\n".join(logs.output), "^.+'/': .+\n.+'/magic': .+$")
+                self.assertRegex("\n".join(logs.output), "^.+'/': .+\n.+'/magic': .+$")
 
     def test_an_upstream_that_stalls_longer_than_timeout_is_a_502(self):
         upstream.reply = stall
