@@ -68,7 +68,7 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # In one write: a second write may raise if the client has left.
+        # In one write: if the client has left, a second would print a traceback.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
