@@ -68,14 +68,14 @@ class StandIn(BaseHTTPRequestHandler):
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)
         body = json.dumps({"args": args})
-        # In one write: if the client has left, a second would print a traceback.
+        # In one write: if the client has left, only a second write raises an error.
         self.wfile.write(f"HTTP/1.0 200 OK\r\n\r\n{body}".encode())
 
 
 # HTTPServer would look up its host in DNS: half a minute on some networks.
 server = ThreadingTCPServer(("127.0.0.1", 0), StandIn)  # 0: any free port
 server.daemon_threads = True  # else Ctrl-C waits for threads that still sleep
-server.socket.listen(1024)  # else many fetches at once fail: its queue holds only 5
+server.socket.listen(1024)  # again: with its own queue of 5, many fetches at once fail
 threading.Thread(target=server.serve_forever, daemon=True).start()
 port = server.server_address[1]
 urls = [f"http://127.0.0.1:{port}/get?test={n}" for n in (1, 2, 3, 4)]
