@@ -1,74 +1,81 @@
-"""Tests of app.py: a real uvicorn serves it, in a thread of this process.
+"""Tests of app.py, served by a real uvicorn in a thread of this process.
 
-The app's urls lead to the upstream below. A fetch waits there until as many have come
-as upstream.barrier wants (1, unless a test says), then gets upstream.reply(fetch)."""
+The app's urls lead to the upstream below, which sends what upstream.reply(fetch)
+returns. A test that wants another reply than echo sets upstream.reply."""
 
+import json
+import logging
 import os
 import re
 import signal
 import socket
+import ssl
 import sys
-import tempfile
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from queue import Queue
 from socketserver import ThreadingTCPServer
-from ssl import Purpose, create_default_context
-from subprocess import PIPE, STDOUT, Popen
-from threading import Barrier, Thread
-from time import sleep
-from unittest import TestCase
-from unittest.mock import Mock, patch
+from subprocess import PIPE, STDOUT, Popen, run
+from tempfile import TemporaryDirectory
+from threading import Barrier, Event, Thread, Timer
+from time import monotonic, sleep
+from unittest import TestCase, skipIf
+from unittest.mock import patch
 
 import requests
 import uvicorn
-from django.test import override_settings
+from django.test import RequestFactory, override_settings
+from django.views.defaults import server_error
 
 import app
 
 HERE = Path(__file__).parent
-SOURCE, README = [(HERE / f).read_text("utf-8") for f in ("app.py", "README.md")]
+SOURCE = (HERE / "app.py").read_text("utf-8")
+README = (HERE / "README.md").read_text("utf-8")
 VIEWS, PASTED = re.findall("(?s)```python\n(.*?)```", README)
 SETTINGS = re.search("(?s)```text\n(    INSTALLED_APPS.*?)```", README)[1]
-LOGGING = "    LOGGING={'version': 1},\n"  # disables each logger that is older
-PEM = str(HERE / ".ci" / "127.0.0.1.pem")  # a self-signed certificate and its key
-UVICORN = "-m", "uvicorn", "app:application", "--port", "0"  # 0: any free port
-RUNSERVER = "app.py", "runserver", "--noreload", "0"
-MIGRATE_AND_SERVE = """from app import *; execute_from_command_line(["", "migrate"])
-import uvicorn; logging.basicConfig(level="INFO")
-uvicorn.run(application, port=0, log_config=None)"""
-DEAD_PROXIES = {"http_proxy": "http://127.0.0.1:1", "ALL_PROXY": "socks://127.0.0.1:1"}
-OK = 200, b'{"result": [{"test": "1"}, {"test": "2"}, {"test": "3"}, {"test": "4"}]}'
-BAD_GATEWAY = 502, b'{"error": "Bad Gateway"}'
-SERVER_ERROR = 500, b'{"error": "Internal Server Error"}'
-WAIT = 4  # seconds; httpx waits 5 by default, so a forgotten TIMEOUT fails
-HTTP_OK = b"HTTP/1.0 200 OK\r\n\r\n"
+PEM = HERE / ".ci" / "127.0.0.1.pem"  # a self-signed certificate and its key
+WAIT = 4  # seconds until a test gives up, before httpx's own timeout of 5
+ALL_FOUR = Barrier(4, timeout=WAIT)  # wait() raises an error unless four wait together
+OK = 200, {"result": [{"test": "1"}, {"test": "2"}, {"test": "3"}, {"test": "4"}]}
+SERVER_ERROR = 500, server_error(RequestFactory().get("/")).content.decode()  # Django's
+HEAD = b"HTTP/1.0 200 OK\r\n\r\n"
 BAD_REPLIES = {
     "hangs up": b"",
     "breaks off": b'HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\n{"args": {}}',
-    "is no HTTP": b"220 ftp.example.org\r\n",
     "is a 404": b'HTTP/1.0 404 Not Found\r\n\r\n{"args": {}}',
-    "is no JSON": HTTP_OK + b"<h1>Hello</h1>",
+    "is a 503": b'HTTP/1.0 503 Service Unavailable\r\n\r\n{"args": {}}',
+    "is no JSON": HEAD + b"<h1>Hello</h1>",
+    "has no args": HEAD + b"{}",
 }
+UVICORN = "-m", "uvicorn", "app:application", "--port", "0"  # 0: any free port
+RUNSERVER = "app.py", "runserver", "--noreload", "0"
+DEAD_PROXIES = {"no_proxy": "", "http_proxy": "socks://x", "ALL_PROXY": "socks://x"}
+NO_DNS = "import socket\ndel socket.getfqdn, socket.getaddrinfo, socket.gethostbyname\n"
 
 
-class Fetch(BaseHTTPRequestHandler):  # one fetch of the app, as the upstream sees it
+class Fetch(BaseHTTPRequestHandler):  # one fetch, as the upstream sees it
     def do_GET(self):
-        self.barrier = upstream.barrier  # kept for stall: the next test sets another
-        upstream.fetches.append(self.requestline + str(self.headers))
-        self.barrier.wait(WAIT)
+        self.number = self.path[-1]  # "1" to "4"
         self.wfile.write(upstream.reply(self))
 
 
-def echo(fetch):  # replies as httpbin's /get does
-    return HTTP_OK + b'{"args": {"test": "%c"}}' % ord(fetch.path[-1])
+def echo(fetch):
+    """Reply as httpbin.org/get does."""
+    return HEAD + json.dumps({"args": {"test": fetch.number}}).encode()
+
+
+def last_first(fetch):
+    """Wait until all four fetches are there, and reply to the last one first."""
+    ALL_FOUR.wait()
+    sleep(0.1 / int(fetch.number))
+    return echo(fetch)
 
 
 def stall(fetch):
-    """Send nothing until the app closes the connection, then meet at the barrier."""
-    fetch.connection.settimeout(WAIT)
-    fetch.rfile.read()
-    fetch.barrier.wait(WAIT)
-    return b""
+    """Send nothing until the app closes the connection."""
+    fetch.connection.settimeout(2 * WAIT)
+    return fetch.rfile.read()
 
 
 upstream = ThreadingTCPServer(("127.0.0.1", 0), Fetch)
@@ -77,21 +84,32 @@ STAND_IN_URLS = app.urls  # to the server that app.py itself starts
 listener = socket.create_server(("127.0.0.1", 0))
 PORT = listener.getsockname()[1]
 server = uvicorn.Server(uvicorn.Config(app.application, log_config=None))
+serving = Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
 
 
 def setUpModule():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # even if ignored at start
     patch.object(app, "urls", URLS).start()
+    patch.object(app.StandIn, "log_message").start()  # prints nothing here
+    logging.getLogger("django.request").addHandler(logging.NullHandler())  # nor this
     Thread(target=upstream.serve_forever, daemon=True).start()
-    Thread(target=server.run, args=[[listener]], daemon=True).start()
+    serving.start()
 
 
-def get(path, port=PORT, **options):
-    answer = requests.get(f"http://127.0.0.1:{port}{path}", timeout=WAIT, **options)
-    return answer.status_code, answer.content
+def tearDownModule():
+    server.should_exit = True
+    serving.join(WAIT)
 
 
-def send(path, port=PORT):  # returns the connection; to leave is to close it
+def get(path, port=PORT, headers=None):
+    """Return the status and the body, decoded if its Content-Type is JSON's."""
+    url = f"http://127.0.0.1:{port}{path}"
+    answer = requests.get(url, headers=headers, timeout=WAIT)
+    is_json = answer.headers["Content-Type"] == "application/json"
+    return answer.status_code, answer.json() if is_json else answer.text
+
+
+def send(path, port=PORT):
+    """Send a request and return its connection; to close it is to leave."""
     client = socket.create_connection(("127.0.0.1", port))
     client.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
     return client
@@ -99,162 +117,232 @@ def send(path, port=PORT):  # returns the connection; to leave is to close it
 
 class AppTest(TestCase):
     def setUp(self):
-        upstream.reply, upstream.barrier, upstream.fetches = echo, Barrier(1), []
-        app.StandIn.log_message = Mock()
+        upstream.reply = echo
+        ALL_FOUR.reset()
 
-    def test_nothing_of_the_request_reaches_the_upstream(self):
-        headers = {"Cookie": "secret", "Authorization": "secret", "X-Any": "secret"}
-        get("/?secret", headers=headers)
-        get("/magic?secret", headers=headers)
-        self.assertEqual(len(upstream.fetches), 8)
-        self.assertNotIn("secret", str(upstream.fetches))
 
+class ViewsTest(AppTest):
     def test_magic_has_all_four_fetches_in_flight_and_keeps_their_order(self):
-        upstream.barrier = Barrier(4)  # all meet there; then the last is answered first
-        upstream.reply = lambda fetch: sleep(0.1 / int(fetch.path[-1])) or echo(fetch)
+        upstream.reply = last_first
         self.assertEqual(get("/magic"), OK)
 
     def test_index_has_one_fetch_in_flight_while_the_server_answers_others(self):
-        def ask_the_app(fetch):
-            events.append(fetch.path[-1])
+        def visit(fetch):
+            events.append(fetch.number)
             events.append(get("/nowhere")[0])
             return echo(fetch)
 
-        upstream.reply, events = ask_the_app, []
+        upstream.reply, events = visit, []
         self.assertEqual(get("/"), OK)
         self.assertEqual(events, ["1", 404, "2", 404, "3", 404, "4", 404])
 
     def test_one_failed_fetch_fails_magic_and_closes_the_others(self):
-        upstream.barrier = Barrier(4)
-        upstream.reply = lambda fetch: b"" if fetch.path[-1] == "3" else stall(fetch)
-        with self.assertLogs("app"):
-            self.assertEqual(get("/magic"), BAD_GATEWAY)
-        upstream.barrier.wait(WAIT)  # four again: those closed, and this test
+        def third_hangs_up(fetch):
+            ALL_FOUR.wait()
+            if fetch.number != "3":
+                stall(fetch)
+                closed.put(fetch.number)
+            return b""
+
+        upstream.reply, closed = third_hangs_up, Queue()
+        self.assertEqual(get("/magic"), SERVER_ERROR)
+        self.assertEqual({closed.get(timeout=WAIT) for _ in range(3)}, {"1", "2", "4"})
 
     def test_a_client_that_leaves_magic_takes_its_fetches_along(self):
-        upstream.reply, upstream.barrier = stall, Barrier(5)
-        with self.assertNoLogs(level="WARNING"):
+        def note(fetch):
+            events.put("came")
+            stall(fetch)
+            events.put("closed")
+            return b""
+
+        upstream.reply, events = note, Queue()
+        with self.assertNoLogs(level="ERROR"):
             with send("/magic"):
-                upstream.barrier.wait(WAIT)  # the four come, and this test
-            upstream.barrier.wait(WAIT)  # the four are closed
+                came = [events.get(timeout=WAIT) for _ in range(4)]
+            closed = [events.get(timeout=WAIT) for _ in range(4)]
+        self.assertEqual([came, closed], [["came"] * 4, ["closed"] * 4])
 
     def test_a_client_that_leaves_index_does_not_stop_its_fetches(self):
-        upstream.barrier = Barrier(2)  # one fetch and this test
+        def wait_until_it_left(fetch):
+            came.put(fetch.number)
+            left.wait(WAIT)
+            return echo(fetch)
+
+        upstream.reply, came, left = wait_until_it_left, Queue(), Event()
         with send("/"):
-            upstream.barrier.wait(WAIT)
-        get("/nowhere")  # this answer comes after the server saw the client leave
-        for _ in range(3):
-            upstream.barrier.wait(WAIT)  # raises an error unless the next fetch comes
+            self.assertEqual(came.get(timeout=WAIT), "1")
+        get("/nowhere")  # answered after the server saw the client leave
+        left.set()
+        self.assertEqual([came.get(timeout=WAIT) for _ in range(3)], ["2", "3", "4"])
 
-    def test_a_bad_reply_is_a_502_and_one_line_in_the_terminal(self):
-        for name, bad_reply in BAD_REPLIES.items():
-            with self.subTest(name), self.assertLogs("app", "ERROR") as logs:
-                upstream.reply = Mock(return_value=bad_reply)
-                self.assertEqual([get("/"), get("/magic")], [BAD_GATEWAY, BAD_GATEWAY])
-                upstream.reply = echo
-                self.assertEqual([get("/"), get("/magic")], [OK, OK])
-                self.assertRegex("\n".join(logs.output), "^.+'/': .+\n.+'/magic': .+$")
+    def test_nothing_of_a_visitor_or_a_reply_reaches_the_upstream(self):
+        def set_cookie(fetch):
+            seen.append(f"{fetch.requestline}\n{fetch.headers}")
+            return echo(fetch).replace(b"OK\r\n", b"OK\r\nSet-Cookie: name=secret\r\n")
 
-    def test_an_upstream_that_stalls_longer_than_timeout_is_a_502(self):
+        upstream.reply, seen = set_cookie, []
+        names = "Authorization", "Cookie", "User-Agent", "X-Any", "X-Forwarded-For"
+        for path in ("/?secret", "/magic?secret") * 2:  # again: no cookie is kept
+            self.assertEqual(get(path, headers=dict.fromkeys(names, "secret")), OK)
+        self.assertEqual(len(seen), 16)
+        self.assertNotIn("secret", "".join(seen))
+
+    def test_both_views_follow_redirects(self):
+        def redirect(fetch):
+            if "/get" not in fetch.path:
+                return echo(fetch)
+            return f"HTTP/1.0 302 Found\r\nLocation: /{fetch.number}\r\n\r\n".encode()
+
+        upstream.reply = redirect
+        self.assertEqual([get("/"), get("/magic")], [OK, OK])
+
+    def test_one_bad_reply_is_a_500_and_the_next_request_works(self):
+        def second_is_bad(fetch):
+            return BAD_REPLIES[name] if fetch.number == "2" else echo(fetch)
+
+        for name in BAD_REPLIES:
+            for path in "/", "/magic":
+                with self.subTest(name, path=path):
+                    upstream.reply = second_is_bad
+                    self.assertEqual(get(path), SERVER_ERROR)
+                    upstream.reply = echo
+                    self.assertEqual(get(path), OK)
+
+    def test_an_upstream_that_stalls_longer_than_timeout_is_a_500(self):
+        self.assertTrue(4 * app.LATENCY < app.TIMEOUT < 60)  # 4: README's longest wait
         upstream.reply = stall
-        self.assertEqual(app.TIMEOUT, 10)
-        with patch.object(app, "TIMEOUT", 0.5), self.assertLogs("app"):
-            self.assertEqual([get("/"), get("/magic")], [BAD_GATEWAY, BAD_GATEWAY])
+        with patch.object(app, "TIMEOUT", 0.2):
+            self.assertEqual([get("/"), get("/magic")], [SERVER_ERROR, SERVER_ERROR])
 
-    def test_an_untrusted_certificate_is_a_502(self):
-        context = create_default_context(Purpose.CLIENT_AUTH)
+    def test_an_untrusted_certificate_is_a_500(self):
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(PEM)
-        tls = context.wrap_socket(upstream.socket.dup(), server_side=True)
-        urls = patch.object(app, "urls", [url.replace("http", "https") for url in URLS])
-        trust = patch.object(app, "CERTIFICATES", create_default_context(cafile=PEM))
-        with tls, urls, patch.object(upstream, "socket", tls), self.assertLogs("app"):
-            self.assertEqual([get("/"), get("/magic")], [BAD_GATEWAY, BAD_GATEWAY])
-            with trust, patch.dict(os.environ, REQUESTS_CA_BUNDLE=PEM):
+        tls = ThreadingTCPServer(("127.0.0.1", 0), Fetch)
+        tls.socket = context.wrap_socket(tls.socket, server_side=True)
+        Thread(target=tls.serve_forever, daemon=True).start()
+        self.assertTrue(app.SSL_CONTEXT.check_hostname)
+        port = tls.server_address[1]
+        urls = [f"https://127.0.0.1:{port}/get?test={n}" for n in "1234"]
+        with patch.object(app, "urls", urls):
+            self.assertEqual([get("/"), get("/magic")], [SERVER_ERROR, SERVER_ERROR])
+            trust = ssl.create_default_context(cafile=PEM)
+            bundle = patch.dict(os.environ, REQUESTS_CA_BUNDLE=str(PEM))
+            with patch.object(app, "SSL_CONTEXT", trust), bundle:
                 self.assertEqual([get("/"), get("/magic")], [OK, OK])
 
-    def test_any_other_exception_is_a_500_with_a_traceback_in_the_terminal(self):
-        upstream.reply = lambda fetch: HTTP_OK + b"{}"
-        with self.assertLogs("app", "ERROR") as logs:
-            self.assertEqual([get("/"), get("/magic")], [SERVER_ERROR, SERVER_ERROR])
-        self.assertEqual("".join(logs.output).count("\nKeyError: 'args'"), 2)
-        with override_settings(DEBUG=True), self.assertLogs("django.request"):
-            self.assertIn(b"<title>KeyError", get("/magic")[1])
+    def test_with_debug_and_the_secret_key_djangos_debug_page_appears(self):
+        upstream.reply = lambda fetch: b""
+        with override_settings(DEBUG=True):
+            self.assertIn("<title>RemoteProtocolError", get("/magic")[1])
 
-    def test_the_stand_in_echoes_four_queries_at_once_after_latency_seconds(self):
-        four = Barrier(4, app.StandIn.log_message.assert_called)  # they print first
-        patched = patch("time.sleep", side_effect=lambda seconds: four.wait(WAIT))
-        with patched as slept, patch.object(app, "urls", STAND_IN_URLS):
-            self.assertEqual(get("/magic"), OK)
-        slept.assert_called_with(1.5)
 
-    def test_the_stand_in_is_on_127_0_0_1_alone(self):
+class StandInTest(AppTest):
+    def test_it_prints_and_echoes_four_queries_at_once(self):
+        def wait(seconds):
+            app.StandIn.log_message.assert_called()
+            ALL_FOUR.wait()
+
+        app.StandIn.log_message.reset_mock()
+        urls = [url + "&name=Ada" for url in STAND_IN_URLS]
+        with patch.object(app, "urls", urls), patch("time.sleep", wait):
+            results = get("/magic")[1]["result"]
+        self.assertEqual(results[3], {"test": "4", "name": "Ada"})
+
+    def test_it_is_on_this_machine_alone(self):
         self.assertEqual(app.server.server_address[0], "127.0.0.1")
         self.assertIn("//127.0.0.1:", STAND_IN_URLS[0])  # Windows is slow at localhost
 
-    def test_the_stand_in_does_not_make_ctrl_c_wait(self):
-        self.assertTrue(app.server.daemon_threads)
+    def test_it_lets_100_connections_wait(self):
+        self.assertIsInstance(app.server, app.Server)
+        with app.Server(("127.0.0.1", 0), app.StandIn) as idle:  # accepts none of them
+            for _ in range(100):
+                self.addCleanup(socket.create_connection(idle.server_address, 1).close)
 
-    def test_the_stand_in_lets_100_connections_wait(self):
-        app.server.shutdown()  # nobody accepts now: they wait in the queue
-        self.addCleanup(Thread(target=app.server.serve_forever, daemon=True).start)
-        for _ in range(100):
-            self.addCleanup(socket.create_connection(("127.0.0.1", app.port), 1).close)
-
-    def test_the_stand_in_prints_no_traceback_when_its_client_has_left(self):
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            client = send("/get", other.getsockname()[1])
-            connection, address = other.accept()
+    def test_it_prints_no_traceback_when_its_client_has_left(self):
+        client, connection = socket.socketpair()
+        client.sendall(b"GET /get HTTP/1.0\r\n\r\n")
         with connection, patch("time.sleep", lambda seconds: client.close()):
-            app.StandIn(connection, address, app.server)  # raises no BrokenPipeError
+            app.StandIn(connection, "client", app.server)  # raises no ConnectionError
 
-    def start(self, *command, source=SOURCE):
-        """Start python with LATENCY = 0 and dead proxies; return it and its port."""
-        folder = tempfile.TemporaryDirectory()
+
+class CommandsTest(AppTest):
+    def pasted(self, code, settings=""):
+        """Return app.py with code pasted above `if __name__`, and more settings."""
+        source = SOURCE
+        for place, text in ("    ROOT_URLCONF", settings), ("if __name__", code):
+            self.assertEqual(source.count(place), 1, place)
+            source = source.replace(place, text + place)
+        return source
+
+    def start(self, source, command=UVICORN):
+        """Start python, with source in app.py, in self.folder; return it and its port."""
+        folder = TemporaryDirectory()
         self.addCleanup(folder.cleanup)
-        Path(folder.name, "app.py").write_text(source.replace("= 1.5", "= 0"))
-        env = os.environ | {"no_proxy": ""} | DEAD_PROXIES
+        self.folder = folder.name
+        Path(self.folder, "app.py").write_text(source, "utf-8")
         python = [sys.executable, "-u", *command]
-        child = Popen(python, cwd=folder.name, env=env, stdout=PIPE, stderr=STDOUT)
-        self.addCleanup(child.communicate)
-        self.addCleanup(child.kill)
+        env = os.environ | DEAD_PROXIES
+        child = Popen(python, cwd=self.folder, env=env, stdout=PIPE, stderr=STDOUT)
+        limit = Timer(20, child.kill)
+        limit.start()
+        for end in child.communicate, child.kill, limit.cancel:
+            self.addCleanup(end)  # the last one runs first
+        terminal = b""
         for line in child.stdout:
+            terminal += line
             if address := re.search(rb"http://127.0.0.1:(\d+)", line):
                 return child, int(address[1])
-        return self.fail(line)  # the last line says why it ended
+        raise AssertionError(f"it does not serve:\n{terminal.decode()}")
 
     def test_uvicorn_and_runserver_serve_both_views_and_print_their_fetches(self):
-        """Each twice: under runserver, an httpx client that is kept would fail."""
         for command in UVICORN, RUNSERVER:
-            child, port = self.start(*command)
-            for path in "/", "/magic", "/", "/magic":
+            child, port = self.start(self.pasted("LATENCY = 0\n"), command)
+            for path in "/", "/magic", "/", "/magic":  # again: a kept client fails
                 self.assertEqual(get(path, port), OK)
-            child.send_signal(signal.SIGINT)
-            child.wait(WAIT)  # raises an error unless Ctrl-C ends it
-            self.assertEqual(child.stdout.read().count(b"GET /get?test="), 16)
+            child.kill()
+            self.assertEqual(child.stdout.read().count(b'"GET /get?test='), 16)
 
-    def test_app_py_starts_without_dns(self):  # HTTPServer would call getfqdn
-        cut = "import socket as s; del s.getfqdn, s.getaddrinfo, s.gethostbyname; "
-        self.start("-c", cut + "import uvicorn; uvicorn.run('app:application', port=0)")
+    @skipIf(os.name == "nt", "no SIGINT to send")
+    def test_ctrl_c_does_not_wait_for_the_stand_in(self):
+        child, port = self.start(self.pasted("LATENCY = 60\n"))
+        with send("/magic", port):
+            fetched = any(b'"GET /get?test=4' in line for line in child.stdout)
+            self.assertTrue(fetched, "it ended before it fetched")
+        child.send_signal(signal.SIGINT)
+        child.wait(WAIT)  # raises an error if it goes on
 
-    def test_the_code_in_readme_does_what_readme_says(self):
-        source = re.sub("(?m)^urls = .*", f"urls = {URLS}", SOURCE)
-        source = source.replace("if __name__", PASTED + "if __name__")
-        source = source.replace("    ROOT", SETTINGS + LOGGING + "    ROOT")
-        upstream.barrier = Barrier(4)
-        child, port = self.start("-c", MIGRATE_AND_SERVE, source=source)
-        self.assertEqual(get("/threads", port), OK)
-        self.assertEqual(get("/site", port), (200, b'{"name": "example.com"}'))
-        upstream.reply = Mock(return_value=b"")
-        self.assertEqual(get("/magic", port), BAD_GATEWAY)
+    def test_an_error_shows_its_traceback_in_the_terminal_alone(self):
+        child, port = self.start(self.pasted("urls = ['http://127.0.0.1:1/']\n"))
+        self.assertEqual([get("/", port), get("/magic", port)], [SERVER_ERROR] * 2)
         child.kill()
-        self.assertIn(b"502 for '/magic': RemoteProtocolError(", child.stdout.read())
+        terminal = child.stdout.read()
+        self.assertEqual(terminal.count(b"\nrequests.exceptions.ConnectionError: "), 1)
+        self.assertEqual(terminal.count(b"\nhttpx.ConnectError: "), 1)
 
+    def test_without_dns_magic_takes_1_5_seconds_or_more(self):
+        _, port = self.start(NO_DNS + SOURCE)
+        start = monotonic()
+        self.assertEqual(get("/magic", port), OK)
+        self.assertGreaterEqual(monotonic() - start, 1.5)
+
+    def test_the_code_in_readme_works_when_pasted(self):
+        upstream.reply = last_first
+        source = self.pasted(f"urls = {URLS}\n{PASTED}", SETTINGS)
+        _, port = self.start(source)
+        migrate = [sys.executable, "app.py", "migrate"]
+        run(migrate, cwd=self.folder, check=True, stdout=PIPE, timeout=20)
+        self.assertEqual(get("/threads", port), OK)
+        self.assertEqual(get("/site", port), (200, {"name": "example.com"}))
+
+
+class CopiesTest(TestCase):
     def test_readme_shows_the_two_views_as_they_are(self):
         self.assertTrue(VIEWS in SOURCE, "copy them again")
 
     def test_three_places_name_the_same_four_packages(self):
-        required = (HERE / "requirements.txt").read_text()
-        block = re.search("requires-python.*\n# dependencies = (.*)\n# ///\n", SOURCE)
-        self.assertEqual(block[1].replace('"', "'"), str(required.split()))
-        names = " ".join(re.findall("(?m)^[a-z]+", required))
-        self.assertIn(f"pip install {names}\n    uvicorn app:application ", app.__doc__)
+        required = (HERE / "requirements.txt").read_text().split()
+        block = "# /// script\n# requires-python = .*\n# dependencies = (.*)\n# ///\n"
+        self.assertEqual(json.loads(re.search(block, SOURCE)[1]), required)
+        names = [re.match("[a-z]+", line)[0] for line in required]
+        self.assertEqual(names, ["django", "httpx", "requests", "uvicorn"])
+        self.assertIn(f"install {' '.join(names)}\n    uvicorn app:app", app.__doc__)
