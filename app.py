@@ -27,51 +27,52 @@ from django.urls import path
 
 LATENCY = 1.5  # seconds that the small server waits before it replies
 TIMEOUT = 10  # seconds without data before a fetch fails
-SSL_CONTEXT = httpx.create_ssl_context()  # for https; to make it in each /magic is slow
+SSL_CONTEXT = httpx.create_ssl_context()  # every AsyncClient needs one: slow to make
 
 
 # The two views. The four `urls` are set further down.
-def index(request):  # in uvicorn, each request has a thread of its own
+def index(request):  # plain views: Django runs each call in a thread of its own
     """Fetch one after another: the four waits add up."""
     responses = [requests.get(url, timeout=TIMEOUT) for url in urls]
     return answer(responses)
 
 
-async def magic(request):  # in uvicorn, all async views share one thread
+async def magic(request):  # async views: all run in one thread, uvicorn's event loop
     """Fetch all at once: only the longest wait counts."""
-    # requests would hold that thread while it waits; httpx lets others use it.
+    # requests.get would hold up that loop at each URL: 6 s again, and nobody is served.
     async with httpx.AsyncClient(timeout=TIMEOUT, verify=SSL_CONTEXT) as client:
-        # httpx follows redirects only when told to, requests by itself.
-        # Coroutines: nothing is sent yet. (`await` here would send one after another.)
+        # httpx follows redirects only when told to; requests does it unasked.
+        # Coroutines: nothing sent yet. (`await client.get` would send them one by one.)
         fetches = [client.get(url, follow_redirects=True) for url in urls]
-        # gather starts all four: the thread's event loop runs whichever need not wait.
-        # await pauses magic until all are done, or one fails; results are in order.
+        # gather: the loop sends all four, and asks the system which reply comes next.
+        # await: until the last one, magic pauses, and the loop can run other views.
+        # Results keep the order of urls. If a fetch raises an error, so does this line.
         responses = await asyncio.gather(*fetches)
     return answer(responses)
 
 
 def answer(responses):
-    """Answer with the "args" of all responses, as JSON; raise if one is an error."""
+    """Answer with what the replies have under "args"; raise if one is an error."""
     for response in responses:
         response.raise_for_status()
     return JsonResponse({"result": [response.json()["args"] for response in responses]})
 
 
-# End of the lesson. The threads below play the remote server; magic uses none of them.
+# End of the lesson. The threads below play a remote server: they do not run magic.
 class StandIn(BaseHTTPRequestHandler):
     """Replies like httpbin.org/get: with JSON that has the query as "args"."""
 
     def do_GET(self):
-        self.send_response(200)  # only prints a line, four at once for /magic
+        self.send_response(200)  # logs the fetch to the terminal; nothing is sent yet
         args = dict(parse_qsl(urlsplit(self.path).query))
-        time.sleep(LATENCY)  # in a thread of its own
+        time.sleep(LATENCY)  # each fetch has a thread here
         with suppress(ConnectionError):  # the client may have left
-            self.end_headers()  # sends the 200
+            self.end_headers()
             self.wfile.write(json.dumps({"args": args}).encode())
 
 
 class Server(ThreadingTCPServer):  # HTTPServer looks up a name: slow on some networks
-    daemon_threads = True  # else Ctrl-C also waits for threads that still sleep
+    daemon_threads = True  # else Ctrl-C may wait for threads that still sleep
     request_queue_size = 1024  # else the fetches of many visitors at once stall or fail
 
 
@@ -83,9 +84,9 @@ os.environ["no_proxy"] = "*"  # no proxy in this process; delete if your urls ne
 # Django, in place of a settings.py, urls.py, asgi.py and manage.py.
 settings.configure(
     ROOT_URLCONF=__name__,  # urlpatterns is in this file
-    ALLOWED_HOSTS=["127.0.0.1", "localhost"],  # else runserver does not start
-    SECRET_KEY=os.urandom(32),  # for DEBUG=True's error page; new at each start
-    LOGGING_CONFIG=None,  # prints errors even without DEBUG; ignores a LOGGING setting
+    ALLOWED_HOSTS=["127.0.0.1", "localhost"],  # only runserver asks for it here
+    SECRET_KEY=os.urandom(32),  # for the error page, if you add DEBUG=True
+    LOGGING_CONFIG=None,  # the default hides errors without DEBUG; None ignores LOGGING
 )
 urlpatterns = [path("", index), path("magic", magic)]
 application = get_asgi_application()
@@ -95,5 +96,5 @@ application = get_asgi_application()
 # requires-python = ">=3.10"
 # dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32.2", "uvicorn>=0.30"]
 # ///
-if __name__ == "__main__":  # python app.py runserver: 6 s and 1.5 s, too
+if __name__ == "__main__":  # python app.py runserver: as fast, but a thread per visit
     execute_from_command_line()
