@@ -27,25 +27,25 @@ from django.urls import path
 
 LATENCY = 1.5  # seconds that the small server waits before it replies
 TIMEOUT = 10  # seconds without data before a fetch fails
-SSL_CONTEXT = httpx.create_ssl_context()  # every AsyncClient needs one: slow to make
+SSL_CONTEXT = httpx.create_ssl_context()  # slow: else every AsyncClient makes its own
 
 
-# The two views. The four `urls` are set further down.
-def index(request):  # plain views: Django runs each call in a thread of its own
+# The two views, as uvicorn runs them. The four `urls` are set further down.
+def index(request):  # each request has a thread of its own
     """Fetch one after another: the four waits add up."""
     responses = [requests.get(url, timeout=TIMEOUT) for url in urls]
     return answer(responses)
 
 
-async def magic(request):  # async views: all run in one thread, uvicorn's event loop
+async def magic(request):  # one thread, with an event loop, runs all async views
     """Fetch all at once: only the longest wait counts."""
-    # requests.get would hold up that loop at each URL: 6 s again, and nobody is served.
+    # requests.get would block that thread: no other fetch or visitor until its reply.
     async with httpx.AsyncClient(timeout=TIMEOUT, verify=SSL_CONTEXT) as client:
-        # httpx follows redirects only when told to; requests does it unasked.
-        # Coroutines: nothing sent yet. (`await client.get` would send them one by one.)
+        # (requests follows redirects unasked, httpx does not.)
+        # Coroutines: nothing is sent yet. (With `await` before client.get: one by one.)
         fetches = [client.get(url, follow_redirects=True) for url in urls]
-        # gather: the loop sends all four, and asks the system which reply comes next.
-        # await: until the last one, magic pauses, and the loop can run other views.
+        # gather schedules all four; await pauses magic, so the event loop can run them:
+        # each sends its request and pauses until the operating system reports its reply.
         # Results keep the order of urls. If a fetch raises an error, so does this line.
         responses = await asyncio.gather(*fetches)
     return answer(responses)
@@ -63,7 +63,7 @@ class StandIn(BaseHTTPRequestHandler):
     """Replies like httpbin.org/get: with JSON that has the query as "args"."""
 
     def do_GET(self):
-        self.send_response(200)  # logs the fetch to the terminal; nothing is sent yet
+        self.send_response(200)  # logs the fetch to the terminal; end_headers sends
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)  # each fetch has a thread here
         with suppress(ConnectionError):  # the client may have left
@@ -84,9 +84,9 @@ os.environ["no_proxy"] = "*"  # no proxy in this process; delete if your urls ne
 # Django, in place of a settings.py, urls.py, asgi.py and manage.py.
 settings.configure(
     ROOT_URLCONF=__name__,  # urlpatterns is in this file
-    ALLOWED_HOSTS=["127.0.0.1", "localhost"],  # only runserver asks for it here
+    ALLOWED_HOSTS=["127.0.0.1", "localhost"],  # else runserver does not start
     SECRET_KEY=os.urandom(32),  # for the error page, if you add DEBUG=True
-    LOGGING_CONFIG=None,  # the default hides errors without DEBUG; None ignores LOGGING
+    LOGGING_CONFIG=None,  # errors print even without DEBUG; but LOGGING is ignored
 )
 urlpatterns = [path("", index), path("magic", magic)]
 application = get_asgi_application()
@@ -96,5 +96,5 @@ application = get_asgi_application()
 # requires-python = ">=3.10"
 # dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32.2", "uvicorn>=0.30"]
 # ///
-if __name__ == "__main__":  # python app.py runserver: as fast, but a thread per visit
+if __name__ == "__main__":  # python app.py runserver: as fast, in a thread per visit
     execute_from_command_line()

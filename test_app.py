@@ -180,11 +180,10 @@ class ViewsTest(AppTest):
             return echo(fetch).replace(b"OK\r\n", b"OK\r\nSet-Cookie: name=secret\r\n")
 
         upstream.reply, seen = set_cookie, []
-        headers = dict.fromkeys(
-            ["Cookie", "Authorization", "User-Agent", "Any"], "secret"
-        )
+        names = "Authorization", "Cookie", "User-Agent", "X-Any"
+        visitor = {"headers": dict.fromkeys(names, "secret"), "data": "secret"}
         for path in ("/?secret", "/magic?secret") * 2:  # again: no cookie is kept
-            self.assertEqual(get(path, headers=headers, data="secret"), OK)
+            self.assertEqual(get(path, **visitor), OK)
         self.assertEqual(len(seen), 16)
         self.assertNotRegex("".join(seen), "secret|Content-Length")
 
@@ -276,14 +275,13 @@ class CommandsTest(AppTest):
     def start(self, source, command=UVICORN):
         """Start python beside an app.py with this source; return it and its port."""
         self.folder = TemporaryDirectory()
-        self.addCleanup(self.folder.cleanup)
         Path(self.folder.name, "app.py").write_text(source, "utf-8")
         python = [sys.executable, "-u", *command]
         env = os.environ | DEAD_PROXIES
         child = Popen(python, cwd=self.folder.name, env=env, stdout=PIPE, stderr=STDOUT)
         limit = Timer(20, child.kill)
         limit.start()
-        for end in child.communicate, child.kill, limit.cancel:
+        for end in self.folder.cleanup, child.communicate, child.kill, limit.cancel:
             self.addCleanup(end)  # the last one runs first
         terminal = b""
         for line in child.stdout:
