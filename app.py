@@ -1,11 +1,11 @@
-"""Two Django views fetch the same four URLs: / one after another, /magic all at once.
+"""Two views fetch the same four URLs, / one after another and /magic all at once.
 
     pip install django httpx requests uvicorn
     uvicorn app:application                # then, in a second terminal:
     time curl http://127.0.0.1:8000/       # 6 s: four waits of 1.5 s
     time curl http://127.0.0.1:8000/magic  # 1.5 s: the four waits at once
 
-Once installed, it needs no network: the URLs lead to a small server in this file."""
+No network is needed for the fetches: they go to a small server in this file."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ from django.urls import path
 
 LATENCY = 1.5  # seconds that the small server waits before it replies
 TIMEOUT = 10  # seconds without data before a fetch fails
-SSL_CONTEXT = httpx.create_ssl_context()  # slow: else every AsyncClient makes its own
+SSL_CONTEXT = httpx.create_ssl_context()  # slow to make, so all clients share it
 
 
 # The two views, as uvicorn runs them. The four `urls` are set further down.
@@ -39,20 +39,20 @@ def index(request):  # each request has a thread of its own
 
 async def magic(request):  # one thread, with an event loop, runs all async views
     """Fetch all at once: only the longest wait counts."""
-    # requests.get would block that thread: no other fetch or visitor until its reply.
+    # requests.get would block that thread: until its reply, nothing else could run.
     async with httpx.AsyncClient(timeout=TIMEOUT, verify=SSL_CONTEXT) as client:
         # (requests follows redirects unasked, httpx does not.)
-        # Coroutines: nothing is sent yet. (With `await` before client.get: one by one.)
+        # Coroutines: nothing is sent yet. (Awaited one by one, they would take 6 s.)
         fetches = [client.get(url, follow_redirects=True) for url in urls]
         # gather schedules all four; await pauses magic, so the event loop can run them:
-        # each sends its request and pauses until the operating system reports its reply.
+        # each sends its request and pauses until the operating system reports a reply.
         # Results keep the order of urls. If a fetch raises an error, so does this line.
         responses = await asyncio.gather(*fetches)
     return answer(responses)
 
 
 def answer(responses):
-    """Answer with what the replies have under "args"; raise if one is an error."""
+    """Return a JSON response of all "args"; raise if a response is an error."""
     for response in responses:
         response.raise_for_status()
     return JsonResponse({"result": [response.json()["args"] for response in responses]})
@@ -63,7 +63,7 @@ class StandIn(BaseHTTPRequestHandler):
     """Replies like httpbin.org/get: with JSON that has the query as "args"."""
 
     def do_GET(self):
-        self.send_response(200)  # logs the fetch to the terminal; end_headers sends
+        self.send_response(200)  # logs the fetch in the terminal; end_headers sends it
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)  # each fetch has a thread here
         with suppress(ConnectionError):  # the client may have left
@@ -85,16 +85,16 @@ os.environ["no_proxy"] = "*"  # no proxy in this process; delete if your urls ne
 settings.configure(
     ROOT_URLCONF=__name__,  # urlpatterns is in this file
     ALLOWED_HOSTS=["127.0.0.1", "localhost"],  # else runserver does not start
-    SECRET_KEY=os.urandom(32),  # for the error page, if you add DEBUG=True
+    SECRET_KEY=os.urandom(32),  # for DEBUG=True's page; real sites need a fixed key
     LOGGING_CONFIG=None,  # errors print even without DEBUG; but LOGGING is ignored
 )
 urlpatterns = [path("", index), path("magic", magic)]
 application = get_asgi_application()
 
-# Without pip, `uv run --with-requirements app.py uvicorn app:application` reads this:
+# With uv (0.8.16 or later): uv run --with-requirements app.py uvicorn app:application
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10"  # uv reads these lines
 # dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32.2", "uvicorn>=0.30"]
 # ///
-if __name__ == "__main__":  # python app.py runserver: as fast, in a thread per visit
+if __name__ == "__main__":  # python app.py runserver: as fast for a single visitor
     execute_from_command_line()
