@@ -31,7 +31,7 @@ SSL_CONTEXT = httpx.create_ssl_context()  # slow to make, so all clients share i
 
 
 # The two views, as uvicorn runs them. The four `urls` are set further down.
-def index(request):  # each request has a thread of its own
+def index(request):  # each visit has a thread of its own
     """Fetch one after another: the four waits add up."""
     responses = [requests.get(url, timeout=TIMEOUT) for url in urls]
     return answer(responses)
@@ -39,10 +39,10 @@ def index(request):  # each request has a thread of its own
 
 async def magic(request):  # one thread, with an event loop, runs all async views
     """Fetch all at once: only the longest wait counts."""
-    # requests.get would block that thread: until its reply, nothing else could run.
+    # requests.get would block that thread: until its reply, nothing else runs in it.
     async with httpx.AsyncClient(timeout=TIMEOUT, verify=SSL_CONTEXT) as client:
         # (requests follows redirects unasked, httpx does not.)
-        # Coroutines: nothing is sent yet. (Awaited one by one, they would take 6 s.)
+        # These calls return coroutines, which have not begun: nothing is sent yet.
         fetches = [client.get(url, follow_redirects=True) for url in urls]
         # gather schedules all four; await pauses magic, so the event loop can run them:
         # each sends its request and pauses until the operating system reports a reply.
@@ -58,12 +58,12 @@ def answer(responses):
     return JsonResponse({"result": [response.json()["args"] for response in responses]})
 
 
-# End of the lesson. The threads below play a remote server: they do not run magic.
+# End of the lesson. The threads below play a remote server; no view runs in them.
 class StandIn(BaseHTTPRequestHandler):
     """Replies like httpbin.org/get: with JSON that has the query as "args"."""
 
     def do_GET(self):
-        self.send_response(200)  # logs the fetch in the terminal; end_headers sends it
+        self.send_response(200)  # logs the fetch in the terminal; it replies below
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)  # each fetch has a thread here
         with suppress(ConnectionError):  # the client may have left
@@ -84,9 +84,9 @@ os.environ["no_proxy"] = "*"  # no proxy in this process; delete if your urls ne
 # Django, in place of a settings.py, urls.py, asgi.py and manage.py.
 settings.configure(
     ROOT_URLCONF=__name__,  # urlpatterns is in this file
-    ALLOWED_HOSTS=["127.0.0.1", "localhost"],  # else runserver does not start
-    SECRET_KEY=os.urandom(32),  # for DEBUG=True's page; real sites need a fixed key
-    LOGGING_CONFIG=None,  # errors print even without DEBUG; but LOGGING is ignored
+    ALLOWED_HOSTS=["127.0.0.1", "localhost"],  # for runserver; no middleware checks it
+    SECRET_KEY=os.urandom(32),  # needed if DEBUG=True; on real sites, a fixed one
+    LOGGING_CONFIG=None,  # Python's logging, which prints errors; LOGGING is ignored
 )
 urlpatterns = [path("", index), path("magic", magic)]
 application = get_asgi_application()
