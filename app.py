@@ -37,9 +37,9 @@ def index(request):  # each visit has a thread of its own
     return answer(responses)
 
 
-async def magic(request):  # one thread, with an event loop, runs all async views
+async def magic(request):  # async views take turns in one thread: the event loop
     """Fetch all at once: only the longest wait counts."""
-    # requests.get would block the thread: 6 s again, and every other visit would wait.
+    # requests.get would block the thread: 6 s again, and all other visits would wait.
     async with httpx.AsyncClient(timeout=TIMEOUT, verify=SSL_CONTEXT) as client:
         # (requests follows redirects unasked, httpx does not.)
         # These calls return coroutines, which have not begun: nothing is sent yet.
@@ -63,7 +63,7 @@ class StandIn(BaseHTTPRequestHandler):
     """Replies like httpbin.org/get: with JSON that has the query as "args"."""
 
     def do_GET(self):
-        self.send_response(200)  # logs the fetch in the terminal; it replies below
+        self.send_response(200)  # prints a line in the terminal, and holds the 200 back
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)  # each fetch has a thread here
         with suppress(ConnectionError):  # the client may have left
