@@ -27,7 +27,7 @@ from django.urls import path
 
 LATENCY = 1.5  # seconds that the small server waits before it replies
 TIMEOUT = 10  # seconds without data before a fetch fails
-SSL_CONTEXT = httpx.create_ssl_context()  # slow to make, so all clients share it
+SSL_CONTEXT = httpx.create_ssl_context()  # slow; every client needs one, even for http
 
 
 # The two views, as uvicorn runs them. The four `urls` are set further down.
@@ -37,7 +37,7 @@ def index(request):  # each visit has a thread of its own
     return answer(responses)
 
 
-async def magic(request):  # async views take turns in one thread: the event loop
+async def magic(request):  # an event loop runs all async views in turns, in one thread
     """Fetch all at once: only the longest wait counts."""
     # requests.get would block the thread: 6 s again, and all other visits would wait.
     async with httpx.AsyncClient(timeout=TIMEOUT, verify=SSL_CONTEXT) as client:
@@ -63,11 +63,11 @@ class StandIn(BaseHTTPRequestHandler):
     """Replies like httpbin.org/get: with JSON that has the query as "args"."""
 
     def do_GET(self):
-        self.send_response(200)  # prints a line in the terminal, and holds the 200 back
+        self.send_response(200)  # prints a line in the terminal, four at once for magic
         args = dict(parse_qsl(urlsplit(self.path).query))
         time.sleep(LATENCY)  # each fetch has a thread here
         with suppress(ConnectionError):  # the client may have left
-            self.end_headers()
+            self.end_headers()  # sends the 200
             self.wfile.write(json.dumps({"args": args}).encode())
 
 
@@ -96,5 +96,5 @@ application = get_asgi_application()
 # requires-python = ">=3.10"  # uv reads these lines
 # dependencies = ["django>=5.2", "httpx>=0.28,<1", "requests>=2.32.2", "uvicorn>=0.30"]
 # ///
-if __name__ == "__main__":  # python app.py runserver: also 6 s and 1.5 s
+if __name__ == "__main__":  # python app.py runserver
     execute_from_command_line()
