@@ -43,6 +43,7 @@ HEAD = b"HTTP/1.0 200 OK\r\n\r\n"
 BAD_REPLIES = {
     "hangs up": b"",
     "breaks off": b'HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\n{"args": {}}',
+    "is no HTTP": b"220 ftp.example.org\r\n",
     "is a 404": b'HTTP/1.0 404 Not Found\r\n\r\n{"args": {}}',
     "is a 503": b'HTTP/1.0 503 Service Unavailable\r\n\r\n{"args": {}}',
     "is no JSON": HEAD + b"{'args': {}}",
