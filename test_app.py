@@ -97,7 +97,6 @@ def setUpModule():
 
 
 def tearDownModule():
-    Thread(target=app.server.shutdown, daemon=True).start()
     server.should_exit = True
     serving.join(WAIT)
 
@@ -250,7 +249,8 @@ class StandInTest(AppTest):
         self.assertIn("//127.0.0.1:", STAND_IN_URLS[0])  # Windows is slow at localhost
 
     def test_it_lets_100_connections_wait(self):
-        with type(app.server)(("127.0.0.1", 0), app.StandIn) as idle:  # accepts none
+        self.assertIsInstance(app.server, app.Server)
+        with app.Server(("127.0.0.1", 0), app.StandIn) as idle:  # accepts none of them
             for _ in range(100):
                 self.addCleanup(socket.create_connection(idle.server_address, 1).close)
 
