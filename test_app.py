@@ -135,7 +135,7 @@ class ViewsTest(AppTest):
         upstream.reply, events = ask_the_app, []
         self.assertEqual(get("/"), OK)
         self.assertEqual(events, ["1", 404, "2", 404, "3", 404, "4", 404])
-        self.assertEqual(get("/magic"), OK)
+        self.assertEqual(get("/magic"), OK)  # if it blocked the loop: no 404, not OK
 
     def test_one_failed_fetch_fails_magic_and_closes_the_others(self):
         def third_hangs_up(fetch):
@@ -209,7 +209,7 @@ class ViewsTest(AppTest):
                 self.assertEqual([get("/"), get("/magic")], [OK, OK])
 
     def test_an_upstream_that_stalls_longer_than_timeout_is_a_500(self):
-        self.assertTrue(4 * app.LATENCY < app.TIMEOUT < 60)  # 4: README's longest wait
+        self.assertTrue(4 * app.LATENCY < app.TIMEOUT < 60)  # 4: in README, change 4
         upstream.reply = stall
         with patch.object(app, "TIMEOUT", 0.2):
             self.assertEqual([get("/"), get("/magic")], [SERVER_ERROR, SERVER_ERROR])
@@ -275,7 +275,7 @@ class CommandsTest(AppTest):
         self.folder = TemporaryDirectory()
         Path(self.folder.name, "app.py").write_text(source, "utf-8")
         python = [sys.executable, "-u", *command]
-        env = os.environ | DEAD_PROXIES
+        env = os.environ | DEAD_PROXIES  # a fetch through these fails: app uses none
         child = Popen(python, cwd=self.folder.name, env=env, stdout=PIPE, stderr=STDOUT)
         limit = Timer(20, child.kill)
         limit.start()
@@ -293,7 +293,7 @@ class CommandsTest(AppTest):
     def test_uvicorn_and_runserver_serve_both_views_and_print_their_fetches(self):
         for command in UVICORN, RUNSERVER:
             child, port = self.start(self.pasted("LATENCY = 0\n"), command)
-            for path in "/", "/magic", "/", "/magic":  # twice: a kept client fails
+            for path in "/", "/magic", "/", "/magic":  # twice: a kept AsyncClient fails
                 self.assertEqual(get(path, port), OK)
             child.kill()
             self.assertEqual(child.stdout.read().count(b'"GET /get?test='), 16)
